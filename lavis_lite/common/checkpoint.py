@@ -1,0 +1,207 @@
+"""Checkpoints: a folder per step, complete or absent.
+
+<run>/checkpoints/step_000800/model.safetensors      trained parameters and buffers, nothing frozen
+                              optimizer.safetensors  AdamW's moments by parameter name
+                              state.json             step, best, versions: what else a run continues from
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lavis_lite.common.errors import CheckpointError
+from lavis_lite.common.io import atomic_dir, remove_leftovers
+
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_STEP = re.compile(r"step_(\d+)")
+_ALIAS = "alias:"
+
+
+def step_dir(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a checkpoints folder."""
+    return folder / f"step_{step:06d}"
+
+
+def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints in a checkpoints folder as (step, path), oldest first."""
+    found = []
+    for path in Path(folder).glob("step_*"):
+        match = _STEP.fullmatch(path.name)
+        if match and (path / STATE).is_file() and (path / MODEL).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; tied tensors are stored once and named again when read by `load_tensors`."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in owners:
+            aliases[_ALIAS + name] = owners[place]
+            continue
+        owners[place] = name
+        stored[name] = tensor
+    # Views of one storage that differ in place or shape can't be written as they are.
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in stored.values())
+    for name, tensor in stored.items():
+        shared = storages[tensor.untyped_storage().data_ptr()] > 1
+        stored[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    save_file(stored, str(path), metadata={"format": "pt", **aliases})
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors on the CPU from a .safetensors file, or from a foreign .pth/.pt/.bin by `weights_only`.
+
+    A foreign file's tensors may lie below "model" or "state_dict".
+
+    Raises CheckpointError when the file is absent, not readable, or holds something other than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights file at '{path}'")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises errors of many kinds for files that are none of its own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"'{path}' can't be read as weights only: {first}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"'{path}' holds no mapping of names to tensors")
+    return dict(content)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is not a complete safetensors file: {error}") from error
+    for key, owner in metadata.items():
+        if key.startswith(_ALIAS):
+            tensors[key.removeprefix(_ALIAS)] = tensors[owner]
+    return tensors
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of a step; it has its name only once it is whole and on the disk.
+
+    Raises CheckpointError when the disk refuses; the checkpoints before it are untouched.
+    """
+    folder = Path(folder)
+    path = step_dir(folder, step)
+    try:
+        with atomic_dir(path, replace=True) as temporary:
+            save_tensors(temporary / MODEL, model)
+            save_tensors(temporary / OPTIMIZER, optimizer)
+            (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        kept = [other for _, other in list_checkpoints(folder) if other != path]
+        still = f"'{kept[-1]}' is intact" if kept else "there was none before it"
+        raise CheckpointError(
+            f"could not write checkpoint '{path}': {error}; {still}; make room, or set another run.output_dir"
+        ) from error
+    return path
+
+
+def load_state(checkpoint: str | Path) -> dict[str, Any]:
+    """The state.json of a checkpoint folder; CheckpointError when it isn't one."""
+    path = Path(checkpoint) / STATE
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{checkpoint}' is not a checkpoint folder: {path.name}: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise CheckpointError(f"'{path}' names no step")
+    return state
+
+
+def prune(folder: str | Path, *, keep_last: int, best_step: int | None) -> list[Path]:
+    """Remove all checkpoints but the newest `keep_last` and the best; the removed paths.
+
+    A folder loses its name before its contents, so that an interruption leaves no half checkpoint.
+    """
+    checkpoints = list_checkpoints(folder)
+    removed = [path for step, path in checkpoints[:-keep_last] if step != best_step]
+    for path in removed:
+        doomed = path.with_name(f".tmp-removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, None without any."""
+    checkpoints = list_checkpoints(Path(run_dir) / FOLDER)
+    return checkpoints[-1][1] if checkpoints else None
+
+
+def clean(run_dir: str | Path) -> list[Path]:
+    """Remove what interrupted writes left among a run's checkpoints."""
+    return remove_leftovers(Path(run_dir) / FOLDER)
+
+
+def best_or_newest(run_dir: str | Path) -> Path | None:
+    """A run's best checkpoint by its declared metric, else its newest, None without any."""
+    last = newest(run_dir)
+    best = load_state(last).get("best") if last is not None else None
+    if best:
+        path = step_dir(Path(run_dir) / FOLDER, int(best["step"]))
+        if (path / STATE).is_file():
+            return path
+    return last
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The weights file meant by a run's folder (its best, else its newest), a checkpoint's folder, or a file.
+
+    Raises CheckpointError naming what was looked for.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(
+            f"no checkpoint at '{path}' (a run's folder, a checkpoint's, or a weights file)"
+        )
+    if (path / MODEL).is_file():
+        return path / MODEL
+    found = best_or_newest(path)
+    if found is None:
+        raise CheckpointError(f"'{path}' holds neither {MODEL} nor a complete checkpoint in {FOLDER}/")
+    return found / MODEL
+
+
+def is_better(value: float, best: float | None, mode: str) -> bool:
+    """Whether a metric improves on the best so far; a value that is not finite never does."""
+    if not math.isfinite(value):
+        return False
+    return best is None or (value > best if mode == "max" else value < best)

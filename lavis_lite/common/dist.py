@@ -1,0 +1,177 @@
+"""Processes: one by default, several under torchrun; every function also works, and costs nothing, with one.
+
+Gradient convention. Each of W ranks computes its own loss L_r on its B rows; the loss of the joined batch
+is the mean of the L_r, and DDP averages gradients over ranks. `all_gather_with_grad` sums in its backward
+what every rank's loss sends to a rank's rows, so that after DDP's averaging each parameter holds exactly
+the gradient of the joined-batch loss. No factor W is needed anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
+
+_alone = False
+
+
+def init() -> None:
+    """Join the process group that torchrun describes in the environment; without torchrun do nothing.
+
+    Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than 30 minutes
+    for another fails, and torchrun then ends the others.
+    """
+    if torch_dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    torch_dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all, 0 when alone."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() and not _alone else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 when alone."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() and not _alone else 1
+
+
+@contextlib.contextmanager
+def local() -> Iterator[None]:
+    """Within the block this process counts as the only one: nothing in it waits for or hears of another.
+
+    For evaluation, where ranks hold different numbers of batches and a loss must not depend on their number.
+    """
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+@contextlib.contextmanager
+def local_main_first() -> Iterator[None]:
+    """Run the block on each machine's first process, then on its others: they find what the first cached."""
+    if local_rank() != 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        pieces = list(grad.chunk(world_size()))
+        own = torch.empty_like(pieces[0])
+        torch_dist.reduce_scatter(own, pieces)
+        return own
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """Every rank's rows, in rank order: [B, ...] -> [W*B, ...], with gradient back to the rows' own ranks.
+
+    All ranks must hold the same shape. The backward sums over ranks (see the module's convention).
+    """
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _AllGather.apply(x)
+    return gathered
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Every rank's rows, in rank order, without gradient: [B, ...] -> [W*B, ...]; same shape on all ranks."""
+    if world_size() == 1:
+        return x.detach()
+    source = x.detach().contiguous()
+    sent = source.to(torch.uint8) if source.dtype == torch.bool else source
+    pieces = [torch.empty_like(sent) for _ in range(world_size())]
+    torch_dist.all_gather(pieces, sent)
+    return torch.cat(pieces).to(source.dtype)
+
+
+def gather_objects(obj: T) -> list[T]:
+    """Every rank's object, in rank order, on every rank; sizes may differ (uneven evaluation shards)."""
+    if world_size() == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: T) -> T:
+    """The main process's object, on every rank."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def reduce_mean(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Named scalars averaged over ranks, in one collective and one wait for the device.
+
+    All ranks give the same names. A value that is not finite on any rank is not finite in the result.
+    """
+    names = sorted(values)
+    if not names:
+        return {}
+    tensors = [value.detach() for value in values.values() if isinstance(value, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    packed = torch.stack(
+        [
+            torch.as_tensor(values[name], device=device).detach().to(torch.float32).reshape(())
+            for name in names
+        ]
+    )
+    if world_size() > 1:
+        torch_dist.all_reduce(packed)
+        packed /= world_size()
+    return dict(zip(names, packed.tolist(), strict=True))

@@ -1,0 +1,282 @@
+"""From the `datasets` section of a config to datasets: paths resolved, files checked, processors built."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lavis_lite.common.binding import bind
+from lavis_lite.common.config import PRESETS, load_dataset_preset, merge
+from lavis_lite.common.errors import ConfigError, DataError, closest
+from lavis_lite.common.io import cache_dir
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import MapDataset
+from lavis_lite.datasets.image_text import ImageTextDataset, Part
+from lavis_lite.datasets.readers import Fields
+from lavis_lite.datasets.records import RecordTable, Source, open_records
+from lavis_lite.processors import build_processor
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+DEFAULT_VIS = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
+DEFAULT_TEXT = {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}}
+# So many rows, spread over a table, are looked up before a run starts.
+PROBED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """One source of a split's rows.
+
+    annotations: the annotation file; without one, `images` holds pictures with .txt files beside them.
+    images: the folder that the file's picture paths start from; by default the dataset's root.
+    format: of the annotation file; `auto` goes by its suffix and content.
+    fields: the names its fields have. where: field -> value or values: takes only such rows.
+    group_by_image: join the rows of one picture (by default in val and test). limit: only the first rows.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    format: Literal["auto", "coco", "karpathy", "json", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    fields: Fields | None = None
+    where: Mapping[str, Any] | None = None
+    group_by_image: bool | None = None
+    limit: int | None = None
+
+
+@registry.register_builder("image_text")
+class ImageTextBuilder:
+    """Pictures with captions from annotation files and folders; making one checks the configuration, reads no
+    file.
+
+    Args:
+        name: the dataset's, as in the config.
+        root: folder that relative paths start from. Without it: `<cache>/<name>` if the path is there,
+            else the working directory. `~` and $VARIABLES are expanded in all paths.
+        train, val, test: keys and values of `SplitConfig`, or a list of such; null leaves a split out.
+        format, fields: defaults of the splits' own.
+        vis_processor, text_processor: `train` and `eval`, each with a `name` and that processor's keywords.
+        ratio: how often a batch is drawn from this dataset in a mix; by default in proportion to its rows.
+        limit: only so many rows of each source, for trials.
+
+    Raises ConfigError with the YAML path of what is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | None = None,
+        train: Mapping[str, Any] | Sequence[Any] | None = None,
+        val: Mapping[str, Any] | Sequence[Any] | None = None,
+        test: Mapping[str, Any] | Sequence[Any] | None = None,
+        format: Literal["auto", "coco", "karpathy", "json", "jsonl", "csv", "tsv", "parquet"] = "auto",
+        fields: Fields | None = None,
+        vis_processor: Mapping[str, Any] | None = None,
+        text_processor: Mapping[str, Any] | None = None,
+        ratio: float | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.name = name
+        self.ratio = ratio
+        self._root = root
+        where = f"datasets.{name}"
+        self.vis_processors = _processors(vis_processor, DEFAULT_VIS, where=f"{where}.vis_processor")
+        self.text_processors = _processors(text_processor, DEFAULT_TEXT, where=f"{where}.text_processor")
+        defaults = {"format": format, "fields": fields, "limit": limit}
+        configured = {"train": train, "val": val, "test": test}
+        self.splits = {
+            split: _split_configs(section, defaults, where=f"{where}.{split}")
+            for split, section in configured.items()
+            if section
+        }
+        if not self.splits:
+            raise ConfigError(_no_split(name))
+        if ratio is not None and ratio < 0:
+            raise ConfigError(f"{where}.ratio can't be negative, got {ratio}")
+
+    @classmethod
+    def validate_config(cls, section: Mapping[str, Any], *, where: str) -> None:
+        """Check a section, nested keys included, without touching a data file; raises ConfigError."""
+        cls(**bind(cls, section, where=where))
+
+    def build_datasets(self) -> dict[str, MapDataset]:
+        """The configured splits by name.
+
+        Raises DataError before anything is converted when a file or folder is missing: with its resolved path
+        and the key that sets it.
+        """
+        sources = {split: self._sources(split) for split in self.splits}
+        missing = [split for split in SPLITS if split not in self.splits]
+        if missing:
+            example = f"datasets.{self.name}.{missing[0]}.annotations=<file>"
+            logger.info(
+                "dataset '%s' has no %s split, so none is evaluated or trained on (%s adds one)",
+                self.name,
+                " and no ".join(missing),
+                example,
+            )
+        return {split: self._dataset(split, found) for split, found in sources.items()}
+
+    def _dataset(self, split: str, sources: list[Source]) -> MapDataset:
+        parts = [Part(open_records(source), source.images) for source in sources]
+        for part, source in zip(parts, sources, strict=True):
+            _probe_images(part.records, source)
+        kind = "train" if split == "train" else "eval"
+        return ImageTextDataset(
+            parts,
+            vis_processor=self.vis_processors[kind],
+            text_processor=self.text_processors[kind],
+            name=self.name,
+        )
+
+    def _sources(self, split: str) -> list[Source]:
+        configs = self.splits[split]
+        where = f"datasets.{self.name}.{split}"
+        places = [where] if len(configs) == 1 else [f"{where}[{number}]" for number in range(len(configs))]
+        return [self._source(config, split, place) for config, place in zip(configs, places, strict=True)]
+
+    def _source(self, config: SplitConfig, split: str, where: str) -> Source:
+        annotations = None
+        if config.annotations is not None:
+            key = f"{where}.annotations"
+            annotations = self._resolve(config.annotations, "annotation file", key, Path.is_file)
+        images = self._resolve(config.images or ".", "image folder", f"{where}.images", Path.is_dir)
+        return Source(
+            annotations=annotations,
+            images=images,
+            format=config.format,
+            fields=config.fields or Fields(),
+            select=_selection(config.where),
+            group_by_image=split != "train" if config.group_by_image is None else config.group_by_image,
+            limit=config.limit,
+            where=where,
+        )
+
+    def _resolve(self, path: str, what: str, key: str, exists: Callable[[Path], bool]) -> Path:
+        """Where a configured path is, which must exist."""
+        expanded = Path(_expand(path))
+        home = cache_dir() / self.name
+        candidates = [Path(_expand(self._root)) / expanded] if self._root else [home / expanded, expanded]
+        candidates = [candidate.absolute() for candidate in dict.fromkeys(candidates)]
+        found = next((candidate for candidate in candidates if exists(candidate)), None)
+        if found is None:
+            looked = " or ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+            card = f"; dataset_card/{self.name}.md says how to get it" if _has_preset(self.name) else ""
+            split = key.rsplit(".", 1)[0].split("[")[0]
+            raise DataError(
+                f"dataset '{self.name}': no {what} {looked}; set {key}=<path> "
+                f"or datasets.{self.name}.root=<folder>, or leave the split out with {split}=null{card}"
+            )
+        return found
+
+
+def make_builder(name: str, section: Mapping[str, Any] | None) -> Any:
+    """The builder of one `datasets` entry, its keywords checked; reads no data file. Raises ConfigError."""
+    section = dict(section or {})
+    builder = registry.get_builder_class(section.get("builder", "image_text"))
+    return builder(**bind(builder, {"name": name, **section}, where=f"datasets.{name}", skip=("builder",)))
+
+
+def build_datasets(datasets: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, MapDataset]]:
+    """Every configured dataset's splits: {dataset: {split: rows}}.
+
+    All entries are checked before the first is built. Raises ConfigError and DataError, see
+    `ImageTextBuilder`.
+    """
+    builders = {name: make_builder(name, section) for name, section in datasets.items()}
+    return {name: builder.build_datasets() for name, builder in builders.items()}
+
+
+def validate_datasets_config(datasets: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Check the `datasets` section without touching a data file; raises ConfigError."""
+    for name, section in datasets.items():
+        make_builder(name, section)
+
+
+def build_dataset_from_preset(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, MapDataset]:
+    """The splits of a preset with `overrides` laid over it; a name without a preset needs overrides."""
+    return build_datasets({name: merge(load_dataset_preset(name), overrides or {})})[name]
+
+
+def _split_configs(section: Any, defaults: Mapping[str, Any], *, where: str) -> list[SplitConfig]:
+    """A split's sources; a list holds several, whose rows follow each other."""
+    if isinstance(section, Mapping):
+        return [_split_config(section, defaults, where=where)]
+    if isinstance(section, (list, tuple)):
+        return [
+            _split_config(item, defaults, where=f"{where}[{number}]") for number, item in enumerate(section)
+        ]
+    raise ConfigError(f"{where}: expected {where}.annotations and {where}.images, got {section!r}")
+
+
+def _split_config(section: Mapping[str, Any], defaults: Mapping[str, Any], *, where: str) -> SplitConfig:
+    config = SplitConfig(**bind(SplitConfig, merge(defaults, section), where=where))
+    if config.annotations is None and config.images is None:
+        raise ConfigError(f"{where}: set {where}.annotations to a file, {where}.images to a folder, or both")
+    if config.annotations is not None and ".tar" in Path(config.annotations).suffixes:
+        raise ConfigError(
+            f"{where}.annotations: '{config.annotations}' are shards, which this version can't read; "
+            f"unpack them to a folder of pictures with .txt files beside them and set {where}.images to it "
+            f"(and {where}.annotations=null)"
+        )
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError(f"{where}.limit must be at least 1, got {config.limit}")
+    return config
+
+
+def _processors(
+    section: Mapping[str, Any] | None, defaults: Mapping[str, Any], *, where: str
+) -> dict[str, Callable[..., Any]]:
+    section = section or {}
+    for key in section:
+        if key not in defaults:
+            hint = closest(str(key), defaults) or f"valid keys: {', '.join(defaults)}"
+            raise ConfigError(f"unknown key '{where}.{key}'; {hint}")
+    merged = merge(defaults, {key: value for key, value in section.items() if value is not None})
+    return {key: build_processor(merged[key], where=f"{where}.{key}") for key in defaults}
+
+
+def _selection(where: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    return {
+        str(name): [str(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
+        for name, values in (where or {}).items()
+    }
+
+
+def _probe_images(records: RecordTable, source: Source) -> None:
+    """A folder that holds none of the pictures its file names is the wrong folder."""
+    step = max(1, len(records) // PROBED_ROWS)
+    names = [records[row].image for row in range(0, len(records), step)]
+    paths = [os.path.join(source.images, name) for name in names if name]
+    if not paths or any(os.path.exists(path) for path in paths):
+        return
+    hint = "; these are addresses: fetch the pictures first" if "://" in names[0] else ""
+    raise DataError(
+        f"none of {len(paths)} pictures looked up for {source.path} exists, for example {paths[0]}{hint}; "
+        f"set {source.where}.images=<folder> to where its paths start"
+    )
+
+
+def _no_split(name: str) -> str:
+    presets = sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))
+    hint = closest(name, presets) if name not in presets else ""
+    return (
+        f"datasets.{name}: no split is set and there is no preset of that name"
+        + (f", {hint}" if hint else f" (presets: {', '.join(presets)})")
+        + f"; for data of your own set datasets.{name}.train.annotations=<file> "
+        f"and datasets.{name}.train.images=<folder>"
+    )
+
+
+def _has_preset(name: str) -> bool:
+    return (PRESETS / "datasets" / f"{name}.yaml").is_file()
+
+
+def _expand(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))

@@ -1,0 +1,75 @@
+"""A folder of pictures, each with its captions in a .txt file of the same name beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.images import SUFFIXES
+from lavis_lite.datasets.readers import Row, bad_text
+
+
+def read_rows(root: Path, *, where: str) -> Iterator[Row]:
+    """Rows in the order of their paths, subfolders included; each non-empty line of a .txt file is a caption.
+
+    A picture without a usable .txt file becomes a row with a problem, met like an unreadable picture.
+
+    Raises DataError when there are no pictures, or no .txt file beside any of them.
+    """
+    pictures = captioned = 0
+    for relative, names in _walk(root):
+        texts = {name for name in names if name.endswith(".txt")}
+        for name in sorted(names - texts):
+            if os.path.splitext(name)[1].lower() not in SUFFIXES:
+                continue
+            pictures += 1
+            text = os.path.splitext(name)[0] + ".txt"
+            captioned += text in texts
+            yield _row(root, os.path.join(relative, name), os.path.join(relative, text), text in texts)
+    if not captioned:
+        found = f"{pictures} pictures and none with a .txt file beside it" if pictures else "no pictures"
+        raise DataError(
+            f"{root}: {found}; set {where}.annotations to a file with the captions, "
+            f"or {where}.images to another folder"
+        )
+
+
+def fingerprint(root: Path) -> str:
+    """Changes when a picture comes or goes, and when a .txt file is edited."""
+    digest = hashlib.sha256()
+    for relative, names in _walk(root):
+        for name in sorted(names):
+            path = os.path.join(relative, name)
+            digest.update(os.fsencode(path) + b"\0")
+            if name.endswith(".txt"):
+                with contextlib.suppress(OSError):  # a link to nowhere: reading it says so
+                    status = os.stat(os.path.join(root, path))
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _walk(root: Path) -> Iterator[tuple[str, set[str]]]:
+    """(folder relative to `root`, names of its files), in the order of folders; hidden ones left out."""
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        relative = os.path.relpath(folder, root)
+        yield "" if relative == "." else relative, {name for name in names if not name.startswith(".")}
+
+
+def _row(root: Path, picture: str, text: str, exists: bool) -> Row:
+    if bad_text(picture):
+        return Row(picture.encode("utf-8", "replace").decode(), problem="its file name is not valid UTF-8")
+    if not exists:
+        return Row(picture, problem=f"no caption file {root / text} beside it")
+    try:
+        lines = (root / text).read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        return Row(picture, problem=f"its caption file {root / text} is not valid UTF-8 (byte {error.start})")
+    except OSError as error:
+        return Row(picture, problem=f"its caption file {root / text} can't be read: {error.strerror}")
+    captions = [line.strip() for line in lines if line.strip()]
+    return Row(picture, captions, problem=None if captions else f"its caption file {root / text} is empty")

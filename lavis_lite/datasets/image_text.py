@@ -1,0 +1,150 @@
+"""The one map-style dataset: rows of annotation tables, their pictures in folders, processors on top."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.images import read_image
+from lavis_lite.datasets.order import seed_of
+from lavis_lite.datasets.records import Record, RecordTable
+
+
+@dataclass(frozen=True)
+class Part:
+    """One annotation table and the folder its relative picture paths start from."""
+
+    records: RecordTable
+    images: Path
+
+
+class ImageTextDataset:
+    """Pictures with one or more captions each.
+
+    Args:
+        parts: tables whose rows follow each other.
+        vis_processor: picture in RGB -> float32[3, H, W].
+        text_processor: caption -> string.
+        name: of the dataset. Picture numbers of datasets with different names never meet; those with the same
+        name
+            (its splits and parts) share the numbers their files declare.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        vis_processor: Callable[[Image.Image], Tensor],
+        text_processor: Callable[[str], str],
+        name: str = "image_text",
+    ) -> None:
+        self.parts = list(parts)
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.name = name
+        self._ends = list(itertools.accumulate(len(part.records) for part in self.parts))
+        self._salt = seed_of(*name.encode())
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row as a person looks at it: the unprocessed picture, its first caption, all captions, the
+        number.
+
+        Raises IndexError, or UnreadableSample. Training reads rows with `load`.
+        """
+        record, part = self._record(index)
+        captions = self._raw_captions(record, part)
+        return {
+            "image": read_image(self._path(record, part)),
+            "text_input": captions[0],
+            "captions": captions,
+            "image_id": record.image_id,
+        }
+
+    def load(self, index: int, *, seed: int) -> dict[str, Any]:
+        """One processed row: image float32[3, H, W], text_input, image_id, index.
+
+        The caption drawn from the row's list and the augmentation depend on (index, seed) alone; torch's
+        global generator is left as it was. Raises UnreadableSample.
+        """
+        record, part = self._record(index)
+        captions = self._raw_captions(record, part)
+        picture = read_image(self._path(record, part))
+        with seeded(seed):
+            caption = captions[int(torch.randint(len(captions), ()))]
+            return {
+                "image": self.vis_processor(picture),
+                "text_input": self.text_processor(caption),
+                "image_id": self._image_id(index, record),
+                "index": index,
+            }
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """image float32[B, 3, H, W], text_input (B strings), image_id int64[B], index int64[B]."""
+        return {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "text_input": [sample["text_input"] for sample in samples],
+            "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
+            "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+        }
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a row, processed; empty for a row whose captions can't be read."""
+        record, _ = self._record(index)
+        return [self.text_processor(caption) for caption in record.captions]
+
+    def image(self, index: int) -> Image.Image:
+        """The row's picture in RGB, unprocessed; raises UnreadableSample."""
+        return read_image(self.image_path(index))
+
+    def image_path(self, index: int) -> str:
+        """Where the row's picture is."""
+        return self._path(*self._record(index))
+
+    def _record(self, index: int) -> tuple[Record, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of dataset '{self.name}', which has {len(self)}")
+        index %= len(self)
+        part = bisect.bisect_right(self._ends, index)
+        start = self._ends[part - 1] if part else 0
+        return self.parts[part].records[index - start], part
+
+    def _raw_captions(self, record: Record, part: int) -> list[str]:
+        if record.problem is not None or not record.captions:
+            raise UnreadableSample(self._path(record, part), record.problem or "it has no caption")
+        return record.captions
+
+    def _path(self, record: Record, part: int) -> str:
+        return os.path.join(self.parts[part].images, record.image)
+
+    def _image_id(self, index: int, record: Record) -> int:
+        # Hashed with the name, so that the numbers of datasets in a mix don't meet (63 bits, of 10 million
+        # pictures one pair does with a chance of 5e-6). Without a declared number every row is a picture of
+        # its own.
+        declared = record.image_id is not None
+        return seed_of(self._salt, int(declared), index if record.image_id is None else record.image_id)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global CPU generator seeded within the block and put back after it."""
+    state = torch.get_rng_state()
+    try:
+        # Not torch.manual_seed, which would also seed (and in a worker, touch) the accelerators.
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state)

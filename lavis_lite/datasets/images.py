@@ -1,0 +1,90 @@
+"""Decodes pictures of every kind that turns up in a folder to RGB."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lavis_lite.datasets.base import UnreadableSample
+
+# What Pillow's decoders raise on broken content: OSError when truncated, SyntaxError for PNG chunks, ...
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture in a file as RGB, turned upright as its EXIF tag says.
+
+    Transparent pictures are laid on white; deeper than 8 bits is scaled to 8; of an animation, the first
+    frame.
+
+    Raises UnreadableSample when the file is missing, truncated, or no picture.
+    """
+    name = os.fspath(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # odd metadata, palettes with byte transparency: the picture is fine
+            with Image.open(name) as image:
+                image.load()
+                _turn_upright(image)
+                return to_rgb(image)
+    except FileNotFoundError as error:
+        raise UnreadableSample(name, "no such file") from error
+    except UnidentifiedImageError as error:
+        reason = "the file is empty" if Path(name).stat().st_size == 0 else "not a picture"
+        raise UnreadableSample(name, reason) from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableSample(name, "more pixels than Pillow allows (Image.MAX_IMAGE_PIXELS)") from error
+    except DECODER_ERRORS as error:
+        raise UnreadableSample(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as RGB."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _from_deep(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """16- and 32-bit grey to RGB: Pillow alone would clip everything above 255 to white."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    top = float(values.max(initial=0.0))
+    if image.mode.startswith("I;16") or 255.0 < top <= 65535.0:
+        values = values / 257.0
+    elif top > 65535.0:
+        values = values * (255.0 / top)
+    elif image.mode == "F" and top <= 1.0:
+        values = values * 255.0
+    grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey, "L").convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # A broken tag says nothing about the pixels.
+    with contextlib.suppress(*DECODER_ERRORS):
+        ImageOps.exif_transpose(image, in_place=True)

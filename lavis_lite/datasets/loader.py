@@ -1,0 +1,339 @@
+"""Batches for training (endless, resumable at any batch) and for evaluation (every row once)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.datasets.base import MapDataset, UnreadableSample
+from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
+
+logger = logging.getLogger(__name__)
+
+# How many other rows are tried in place of an unreadable one before the batch is given up.
+MAX_ATTEMPTS = 16
+
+
+class Task(NamedTuple):
+    """One batch to be read: rows of one dataset, with the epoch each belongs to."""
+
+    dataset: int
+    epochs: list[int]
+    rows: list[int]
+
+
+class Fetched(NamedTuple):
+    """A batch (None when no row could be read), its number of rows, (path, reason) of each failed read."""
+
+    batch: dict[str, Any] | None
+    size: int
+    failures: list[tuple[str, str]]
+
+
+class TrainReader(Dataset[Fetched]):
+    """Reads whole batches; an unreadable row is replaced by one that (seed, epoch, row, attempt) fix."""
+
+    def __init__(self, datasets: Sequence[MapDataset], seed: int) -> None:
+        self.datasets = list(datasets)
+        self.seed = seed
+
+    def __getitem__(self, task: Task) -> Fetched:
+        dataset = self.datasets[task.dataset]
+        failures: list[tuple[str, str]] = []
+        samples = []
+        for epoch, row in zip(task.epochs, task.rows, strict=True):
+            sample = self._load(dataset, (self.seed, task.dataset, epoch, row), failures)
+            if sample is None:
+                return Fetched(None, 0, failures)
+            samples.append(sample)
+        return Fetched(dataset.collate(samples), len(samples), failures)
+
+    def _load(
+        self, dataset: MapDataset, key: tuple[int, int, int, int], failures: list[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        row = key[-1]
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return dataset.load(row, seed=seed_of(AUGMENT, *key, attempt))
+            except UnreadableSample as error:
+                failures.append((error.path, error.reason))
+            row = seed_of(REPLACE, *key, attempt) % len(dataset)
+        return None
+
+
+class EvalReader(Dataset[Fetched]):
+    """Reads whole batches of given rows; unreadable ones are left out."""
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, task: Task) -> Fetched:
+        samples, failures = [], []
+        for row in task.rows:
+            try:
+                samples.append(self.dataset.load(row, seed=seed_of(AUGMENT, row)))
+            except UnreadableSample as error:
+                failures.append((error.path, error.reason))
+        return Fetched(self.dataset.collate(samples) if samples else None, len(samples), failures)
+
+
+class ReadCounter:
+    """Counts reads and failed reads, logs each bad file once, and stops a run that has too many.
+
+    The limit is a fraction of all reads. A few failures among the first reads prove nothing, so the run stops
+    once the fraction is above the limit by three standard deviations: after 10 reads when every file is
+    missing, after about 1,000 when 2.5% are and 1% is allowed. With a limit of 0 the first failure stops it.
+    """
+
+    def __init__(self, max_bad_fraction: float, what: str = "replaced by another row") -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.what = what
+        self.good = 0
+        self.bad = 0
+        self._paths: set[str] = set()
+
+    def restart(self) -> None:
+        """Begin a new pass: reads count from 0, files already logged stay so."""
+        self.good = self.bad = 0
+
+    def count(self, fetched: Fetched) -> None:
+        """Add one batch's reads; raises DataError when too many have failed."""
+        self.good += fetched.size
+        self.bad += len(fetched.failures)
+        for path, reason in fetched.failures:
+            if path not in self._paths:
+                self._paths.add(path)
+                logger.warning("unreadable, %s: %s: %s", self.what, path, reason)
+        if fetched.failures and self.exceeded():
+            self.stop(*fetched.failures[0])
+
+    def exceeded(self) -> bool:
+        """Whether the fraction of failed reads is surely above the limit."""
+        sure = self.bad if self.max_bad_fraction == 0 else self.bad - 3 * math.sqrt(self.bad)
+        return sure > self.max_bad_fraction * (self.good + self.bad)
+
+    def stop(self, path: str, reason: str) -> None:
+        """Raise the error that names one of the bad files."""
+        raise DataError(
+            f"{self.bad} of {self.good + self.bad} reads failed, more than run.max_bad_fraction="
+            f"{self.max_bad_fraction:g} allows, for example {path}: {reason}; "
+            "check the dataset's `images` folder and files, or raise run.max_bad_fraction"
+        )
+
+
+class TrainLoader:
+    """Training batches of one dataset or of a mix, each a pure function of (seed, its number, global batch
+    size).
+
+    Args:
+        datasets: what to read; with several, each batch comes from one of them.
+        ratios: how often each is drawn; None draws in proportion to their rows.
+        batch_size: rows per process; the global batch is `world_size` times that, and rank r gets rows
+            [r * batch_size, (r + 1) * batch_size) of it.
+        num_workers: processes that read; the batches don't depend on it.
+        max_bad_fraction: of unreadable rows, see `ReadCounter`.
+        pin_memory: by default where there is a CUDA device.
+        prefetch: batches each worker reads ahead.
+
+    Raises ConfigError for an empty dataset or bad ratios. See `RowStream` for how rows are ordered.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[MapDataset],
+        ratios: Sequence[float] | None = None,
+        *,
+        batch_size: int,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        pin_memory: bool | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        _check_sizes(datasets, rank, world_size)
+        self.seed = seed
+        self.weights = _weights(datasets, ratios)
+        self.part = range(rank * batch_size, (rank + 1) * batch_size)
+        global_batch = world_size * batch_size
+        self.streams = [
+            RowStream(len(dataset), global_batch=global_batch, seed=seed_of(seed, number))
+            for number, dataset in enumerate(datasets)
+        ]
+        self.batches_per_epoch = sum(stream.batches_per_epoch for stream in self.streams)
+        self.counter = ReadCounter(max_bad_fraction)
+        # Seconds `batches` has waited for data; whoever reports it may set it back to 0.
+        self.data_wait_s = 0.0
+        self._reader = TrainReader(datasets, seed)
+        self._options = _loader_options(num_workers, pin_memory, prefetch)
+        for dataset in datasets:
+            if len(dataset) < global_batch and rank == 0:
+                logger.warning(
+                    "dataset '%s' has %d rows, fewer than the global batch of %d: rows repeat within a batch",
+                    dataset.name,
+                    len(dataset),
+                    global_batch,
+                )
+
+    @property
+    def seen(self) -> int:
+        """Rows this process has handed out."""
+        return self.counter.good
+
+    @property
+    def bad_images(self) -> int:
+        """Reads that failed in this process; a file that is met again in a later epoch counts again."""
+        return self.counter.bad
+
+    def batches(self, start_batch: int = 0) -> Iterator[dict[str, Any]]:
+        """This rank's part of every global batch from number `start_batch` on, endlessly.
+
+        Raises DataError when too many rows can't be read. Closing the iterator ends its workers.
+        """
+        fetched = iter(DataLoader(self._reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
+        while True:
+            start = time.perf_counter()
+            item: Fetched = next(fetched)
+            self.data_wait_s += time.perf_counter() - start
+            self.counter.count(item)
+            if item.batch is None:
+                self.counter.stop(*item.failures[-1])
+                return
+            yield item.batch
+
+    def _tasks(self, start_batch: int) -> Iterator[Task]:
+        for dataset, number in mixed(self.weights, seed=self.seed, start=start_batch):
+            yield Task(dataset, *self.streams[dataset].rows(number, self.part))
+
+
+class EvalLoader:
+    """One pass over this rank's rows of a dataset: every row once over all ranks, none twice, none padded.
+
+    Batches hold what the dataset's `collate` makes, `image` and `index` among it. Rows that can't be read are
+    left out, logged once, and counted (`bad_images`).
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_fraction: float = 0.01,
+        pin_memory: bool | None = None,
+    ) -> None:
+        rows = len(dataset)
+        mine = range(rows * rank // world_size, rows * (rank + 1) // world_size)
+        self._chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        self._reader = EvalReader(dataset)
+        self._options = _loader_options(min(num_workers, len(self._chunks)), pin_memory, prefetch=2)
+        self.name = dataset.name
+        self._whole = world_size == 1
+        self.counter = ReadCounter(max_bad_fraction, what="left out of the evaluation")
+
+    @property
+    def bad_images(self) -> int:
+        """Rows of the current pass that could not be read so far."""
+        return self.counter.bad
+
+    def __len__(self) -> int:
+        """The number of batches, unless whole batches are unreadable."""
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.counter.restart()
+        tasks = [Task(0, [0] * len(chunk), list(chunk)) for chunk in self._chunks]
+        for item in DataLoader(self._reader, sampler=tasks, **self._options):
+            self.counter.count(item)
+            if item.batch is not None:
+                yield item.batch
+        # A rank whose few rows are all bad is no fault of the dataset; the other ranks have the rest.
+        if self._whole and self._chunks and self.counter.good == 0:
+            raise DataError(f"dataset '{self.name}': none of {self.counter.bad} rows could be read")
+
+
+def eval_loader(
+    dataset: MapDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    max_bad_fraction: float = 0.01,
+) -> EvalLoader:
+    """Batches for evaluation; see `EvalLoader`."""
+    return EvalLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+class _Stream(Iterable[Task]):
+    """What DataLoader calls a sampler: here it hands out whole batches."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        return self._tasks
+
+
+def _loader_options(num_workers: int, pin_memory: bool | None, prefetch: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "batch_size": None,  # a task is a whole batch
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
+        # DataLoader draws its workers' seeds, which nothing here uses, from the global generator unless given
+        # one.
+        "generator": torch.Generator(),
+    }
+    if num_workers:
+        options.update(prefetch_factor=prefetch, worker_init_fn=_init_worker)
+        if sys.platform == "linux":
+            # Newer Pythons start workers afresh: seconds and 200 MB each, and without a user's own `imports`.
+            options["multiprocessing_context"] = "fork"
+    return options
+
+
+def _init_worker(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM go to the whole process group: the main process decides when workers
+    # end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _check_sizes(datasets: Sequence[MapDataset], rank: int, world_size: int) -> None:
+    if not datasets:
+        raise ConfigError("no dataset to train on: the config's `datasets` section has no train split")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside a world of {world_size}")
+    for dataset in datasets:
+        if len(dataset) == 0:
+            raise DataError(f"dataset '{dataset.name}' has no rows to train on")
+
+
+def _weights(datasets: Sequence[MapDataset], ratios: Sequence[float] | None) -> list[float]:
+    if ratios is None:
+        return [float(len(dataset)) for dataset in datasets]
+    if len(ratios) != len(datasets):
+        raise ConfigError(f"{len(ratios)} ratios for {len(datasets)} datasets: give one for each, or none")
+    if any(ratio < 0 for ratio in ratios) or not sum(ratios) > 0:
+        raise ConfigError(f"ratios {list(ratios)}: none may be negative and one must be above 0")
+    return [float(ratio) for ratio in ratios]

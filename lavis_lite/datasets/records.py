@@ -1,0 +1,213 @@
+"""Any annotation file as one Arrow table on disk, read through a memory map.
+
+The table's pages belong to the system's cache: they are shared by all workers and don't count as anybody's
+memory, however many rows there are. A file is converted once, row by row where its format allows, and again
+when it changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lavis_lite.common.errors import DataError
+from lavis_lite.common.io import atomic_dir, cache_dir
+from lavis_lite.datasets import folder, readers
+from lavis_lite.datasets.readers import Fields, Row
+
+logger = logging.getLogger(__name__)
+
+# Raised when the table's layout or the meaning of a format changes, so that old tables are not read.
+LAYOUT = 2
+ROWS_PER_BATCH = 16384
+SCHEMA = pa.schema(
+    [
+        ("image", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("image_id", pa.int64()),  # null where none is declared
+        ("problem", pa.string()),  # null, or why the row can't be used
+    ]
+)
+
+
+class Record(NamedTuple):
+    """One row: a picture's path, relative to the image folder or absolute, and what is known of it."""
+
+    image: str
+    captions: list[str]
+    image_id: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a table is made from.
+
+    annotations: the file; None for a folder of pictures with .txt files beside them. images: the image
+    folder. where: the YAML path of the split, for messages. group_by_image: join the rows of one picture.
+    limit: rows.
+    """
+
+    annotations: Path | None
+    images: Path
+    format: str = "auto"
+    fields: Fields = field(default_factory=Fields)
+    select: dict[str, list[str]] = field(default_factory=dict)
+    group_by_image: bool = False
+    limit: int | None = None
+    where: str = "datasets.custom.train"
+
+    @property
+    def path(self) -> Path:
+        """The annotation file, or the folder."""
+        return self.annotations or self.images
+
+
+class RecordTable:
+    """Rows of a table by number. Pickles as its path alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        table = reader.read_all()
+        self._columns = [table.column(name) for name in SCHEMA.names]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, index: int) -> Record:
+        image, captions, image_id, problem = (column[index].as_py() for column in self._columns)
+        return Record(image, captions or [], image_id, problem)
+
+    def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
+        return RecordTable, (self.path,)
+
+
+def open_records(source: Source) -> RecordTable:
+    """The table of `source`, converted now unless its cached table is up to date.
+
+    Raises DataError: a file that is missing, not UTF-8, broken, or lacks a field, with the place and the
+    remedy.
+    """
+    _check_readable(source)
+    tables = cache_dir() / "tables"
+    path = tables / f"{_key(source)}" / "table.arrow"
+    try:
+        tables.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            _convert(source, path.parent)
+    except OSError as error:
+        raise DataError(
+            f"can't write the table of {source.path} below {tables}: {error.strerror or error}; "
+            "set LAVIS_LITE_CACHE to a folder with room"
+        ) from error
+    return RecordTable(path)
+
+
+def _check_readable(source: Source) -> None:
+    if source.annotations is None:
+        return
+    try:
+        source.annotations.open("rb").close()
+    except OSError as error:
+        raise DataError(f"can't read {source.annotations}: {error.strerror} ({source.where})") from error
+
+
+def _convert(source: Source, target: Path) -> None:
+    rows = _rows(source)
+    with atomic_dir(target) as temporary:
+        count = write_table(rows, temporary / "table.arrow")
+        if count == 0:
+            chosen = f" with {source.where}.where={source.select}" if source.select else ""
+            raise DataError(f"{source.path}: no rows{chosen} ({source.where})")
+        about = {"rows": count, "layout": LAYOUT, **asdict(source)}
+        (temporary / "about.json").write_text(json.dumps(about, default=str, indent=1), encoding="utf-8")
+    logger.info("%s: %d rows, as a table in %s", source.path, count, target)
+
+
+def write_table(rows: Iterable[Row], path: Path) -> int:
+    """Write rows as an Arrow file, `ROWS_PER_BATCH` of them in memory at a time; returns how many."""
+    count = 0
+    iterator = iter(rows)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        while batch := list(itertools.islice(iterator, ROWS_PER_BATCH)):
+            writer.write_batch(_batch(batch))
+            count += len(batch)
+    return count
+
+
+def _batch(rows: list[Row]) -> pa.RecordBatch:
+    columns = [
+        [row.image for row in rows],
+        [row.captions for row in rows],
+        [_number(row.image_id) for row in rows],
+        [row.problem for row in rows],
+    ]
+    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _number(image_id: Any) -> int | None:
+    """A picture's number as int64: whole numbers as they are, anything else by 63 bits of its hash.
+
+    None for an empty field and for NaN, which pandas writes for one: such rows are not one picture.
+    """
+    if image_id is None or image_id == "" or image_id != image_id:
+        return None
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
+        number = int(image_id)
+        if (isinstance(image_id, int) or number == float(image_id)) and abs(number) < 1 << 63:
+            return number
+    digest = hashlib.blake2b(str(image_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    if source.annotations is None:
+        rows = folder.read_rows(source.images, where=source.where)
+    else:
+        rows = readers.read_rows(
+            source.annotations,
+            format=source.format,
+            fields=source.fields,
+            select=source.select,
+            where=source.where,
+        )
+    if source.group_by_image:
+        rows = _grouped(rows)
+    return itertools.islice(rows, source.limit) if source.limit is not None else rows
+
+
+def _grouped(rows: Iterable[Row]) -> Iterator[Row]:
+    """One row for each picture, by first appearance; for evaluation splits, which fit in memory."""
+    grouped: dict[str, Row] = {}
+    for row in rows:
+        known = grouped.get(row.image)
+        if known is None:
+            grouped[row.image] = row
+        elif row.captions:
+            grouped[row.image] = replace(known, captions=[*known.captions, *row.captions], problem=None)
+    yield from grouped.values()
+
+
+def _key(source: Source) -> str:
+    """Names the table: changes with the file's path, size and time, and with everything that decides its
+    rows.
+    """
+    if source.annotations is None:
+        state: Any = folder.fingerprint(source.images)
+    else:
+        status = source.annotations.stat()
+        state = [status.st_size, status.st_mtime_ns]
+    decides = asdict(replace(source, where="", images=Path() if source.annotations else source.images))
+    text = json.dumps([LAYOUT, str(source.path.resolve()), state, decides], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]

@@ -1,0 +1,1 @@
+"""Scores of predictions against a ground truth: plain tensors and strings in, numbers out."""

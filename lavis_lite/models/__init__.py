@@ -1,0 +1,1 @@
+"""Models: vision encoders, the Q-Former with its losses, and what is built from them."""

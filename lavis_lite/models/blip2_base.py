@@ -1,0 +1,86 @@
+"""What every BLIP-2 model has: an image encoder, the Q-Former on top of it, and texts as tokens.
+
+B rows, Q queries, P image tokens, T text tokens, C encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.convert import load_bert
+from lavis_lite.models.qformer import ImageKV, QFormer, QFormerConfig, QueryStates
+from lavis_lite.models.tokenizer import TextTokenizer, TextTokens
+from lavis_lite.models.vision.tower import build_vision_tower
+
+
+class Blip2Base(BaseModel):
+    """Encoder, `ln_vision`, learned queries and Q-Former; subclasses add what they learn or generate with it.
+
+    Args:
+        vision_encoder: `name` of a registered encoder and its keywords, `freeze`, `precision`, `pretrained`.
+        qformer: the Q-Former's shape.
+        tokenizer: hub name, local folder, or `shapes`.
+        max_txt_len: texts are cut to so many tokens, [CLS] and [SEP] included.
+    """
+
+    presets: ClassVar[str] = "blip2"
+    optional_keys: ClassVar[tuple[str, ...]] = (r"^visual_encoder\.",)
+
+    def __init__(
+        self,
+        *,
+        vision_encoder: Mapping[str, Any],
+        qformer: QFormerConfig,
+        tokenizer: str,
+        max_txt_len: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = TextTokenizer(tokenizer)
+        self.max_txt_len = max_txt_len
+        self.visual_encoder = build_vision_tower(vision_encoder, where="model.vision_encoder")
+        image_width = self.visual_encoder.num_features
+        self.ln_vision = nn.LayerNorm(image_width)
+        self.Qformer = QFormer(qformer, vocab_size=len(self.tokenizer), image_width=image_width)
+        queries = torch.empty(1, qformer.num_query_token, qformer.hidden_size)
+        self.query_tokens = nn.Parameter(queries.normal_(std=0.02))
+
+    def load_backbones(self) -> None:
+        """Load the encoder's pretrained weights and BERT, where the config asked for them."""
+        self.visual_encoder.load_pretrained()
+        source = self.Qformer.config.pretrained
+        if source:
+            load_bert(self.Qformer, source)
+
+    def lr_scale(self, name: str, decay: float) -> float:
+        """Layer-wise decay applies to the image encoder only."""
+        prefix = "visual_encoder."
+        if not name.startswith(prefix):
+            return 1.0
+        return self.visual_encoder.lr_scale(name.removeprefix(prefix), decay)
+
+    def no_weight_decay(self) -> set[str]:
+        """The queries: pulling them to zero means nothing."""
+        return {"query_tokens"}
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> features [B, P, C] after `ln_vision`, which computes in float32."""
+        features = self.visual_encoder(image)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.ln_vision(features.float())
+
+    def project_image(self, image_embeds: Tensor) -> ImageKV:
+        """Features [B, P, C] -> keys and values for every cross-attention, computed once per image."""
+        return self.Qformer.project_image(image_embeds)
+
+    def encode_queries(self, image_kv: ImageKV) -> QueryStates:
+        """The queries' states [B, Q, D] after they have seen the images and no text."""
+        return self.Qformer.encode_queries(self.query_tokens, image_kv)
+
+    def tokenize(self, texts: Sequence[str]) -> TextTokens:
+        """Texts -> tokens on the model's device, cut to `max_txt_len`."""
+        return self.tokenizer(texts, max_length=self.max_txt_len).to(self.device)

@@ -1,0 +1,383 @@
+"""BLIP-2 stage 1: a Q-Former learns to read a frozen image encoder by ITC, ITM and ITG (section 3.2).
+
+B rows of this rank, G rows of all ranks, Q queries, P image tokens, T text tokens, D Q-Former width,
+C encoder width, E projection width, K hard negatives, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lavis_lite.common import dist
+from lavis_lite.common.binding import bind
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.registry import registry
+from lavis_lite.models import losses
+from lavis_lite.models.base import SECTION_KEYS
+from lavis_lite.models.blip2_base import Blip2Base
+from lavis_lite.models.decoding import DecodingRules, beam_search, sample
+from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates
+from lavis_lite.models.qformer_decoder import QFormerDecoder
+from lavis_lite.models.tokenizer import TextTokens
+from lavis_lite.models.vision.tower import validate_vision_config
+from lavis_lite.samples import complete_samples, image_of
+
+# The range in which the learned temperature is kept, ALBEF's: outside it one optimiser step can make it
+# negative.
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What `extract_features` returns, with LAVIS's names; a field is None where its mode didn't ask for it.
+
+    image_embeds: [B, Q, D]. image_embeds_proj: [B, Q, E], normalised.
+    text_embeds: [B, T, D], zero at padding. text_embeds_proj: [B, T, E], normalised; row 0 is the text's
+        feature.
+    multimodal_embeds: [B, Q, D], queries that have seen image and text.
+    """
+
+    image_embeds: Tensor | None = None
+    image_embeds_proj: Tensor | None = None
+    text_embeds: Tensor | None = None
+    text_embeds_proj: Tensor | None = None
+    multimodal_embeds: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What image-text contrast leaves for the other losses.
+
+    logits_i2t, logits_t2i: [B, G], similarity / temperature. same_image: bool[B, G].
+    """
+
+    logits_i2t: Tensor
+    logits_t2i: Tensor
+    same_image: Tensor
+
+
+@registry.register_model("blip2")
+@registry.register_model("blip2_feature_extractor")
+class Blip2QFormer(Blip2Base):
+    """Image encoder + Q-Former with the three stage-1 losses, features, matching scores and captions.
+
+    Args:
+        vision_encoder: `name` of a registered encoder and its keywords, `freeze`, `precision`, `pretrained`.
+        qformer: the Q-Former's shape.
+        tokenizer: hub name, local folder, or `shapes`.
+        max_txt_len: texts are cut to so many tokens, [CLS] and [SEP] included.
+        embed_dim: E.
+        label_smoothing: of the ITC and ITG targets.
+        temperature: of ITC, where learning starts.
+        itc_gather_with_grad: let the ITC gradient flow to other ranks' features; false detaches everything
+            gathered, as LAVIS does even on one process, where it halves the gradient.
+        num_hard_negatives: K images per text and K texts per image in ITM.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_encoder: Mapping[str, Any],
+        qformer: QFormerConfig | None = None,
+        tokenizer: str = "bert-base-uncased",
+        max_txt_len: int = 32,
+        embed_dim: int = 256,
+        label_smoothing: float = 0.1,
+        temperature: float = 0.07,
+        itc_gather_with_grad: bool = True,
+        num_hard_negatives: int = 1,
+    ) -> None:
+        config = qformer or QFormerConfig()
+        super().__init__(
+            vision_encoder=vision_encoder, qformer=config, tokenizer=tokenizer, max_txt_len=max_txt_len
+        )
+        self.label_smoothing = label_smoothing
+        self.itc_gather_with_grad = itc_gather_with_grad
+        self.num_hard_negatives = num_hard_negatives
+        width = config.hidden_size
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(width, embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.temp = nn.Parameter(torch.tensor(temperature))
+
+    @classmethod
+    def validate_config(cls, cfg: Mapping[str, Any], *, where: str = "model") -> None:
+        """Check a model section with its encoder's; raises ConfigError."""
+        keywords = bind(cls, cfg, where=where, skip=SECTION_KEYS)
+        validate_vision_config(keywords["vision_encoder"], where=f"{where}.vision_encoder")
+        keywords = {"max_txt_len": 32, **keywords}
+        longest = (keywords.get("qformer") or QFormerConfig()).max_position_embeddings
+        limits: dict[str, tuple[float, float | None, str]] = {
+            "max_txt_len": (3, longest, "qformer.max_position_embeddings = "),
+            "num_hard_negatives": (1, None, ""),
+            "embed_dim": (1, None, ""),
+            "label_smoothing": (0, 1, ""),
+            "temperature": (*TEMPERATURE_RANGE, ""),
+        }
+        for key, (low, high, origin) in limits.items():
+            if key in keywords and (keywords[key] < low or (high is not None and keywords[key] > high)):
+                raise ConfigError(
+                    f"{where}.{key}: must be at least {low}"
+                    + (f" and at most {origin}{high}" if high is not None else "")
+                    + f", got {keywords[key]}"
+                )
+
+    def no_weight_decay(self) -> set[str]:
+        """Beside the queries the temperature: pulling it to zero means nothing either."""
+        return super().no_weight_decay() | {"temp"}
+
+    # Training
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The three losses of a batch of pairs and their sum.
+
+        Returns: loss = loss_itc + loss_itm + loss_itg, and itm_acc, all scalars. In training, contrast and
+        negatives are over the pairs of all ranks; in evaluation over this rank's batch.
+        """
+        batch = complete_samples(samples)
+        tokens = self.tokenize(batch["text_input"])
+        image_embeds = self.encode_image(batch["image"])
+        image_kv = self.project_image(image_embeds)
+        queries = self.encode_queries(image_kv)
+
+        contrast = self._contrast(queries, tokens, batch["image_id"])
+        loss_itc = losses.itc_loss(
+            contrast.logits_i2t, contrast.logits_t2i, contrast.same_image, smoothing=self.label_smoothing
+        )
+        loss_itm, itm_acc = self._match(image_embeds, image_kv, tokens, contrast)
+        loss_itg = self._generate_loss(queries, tokens)
+        return {
+            "loss": loss_itc + loss_itm + loss_itg,
+            "loss_itc": loss_itc.detach(),
+            "loss_itm": loss_itm.detach(),
+            "loss_itg": loss_itg.detach(),
+            "itm_acc": itm_acc,
+        }
+
+    def _contrast(self, queries: QueryStates, tokens: TextTokens, image_id: Tensor) -> Contrast:
+        """Similarities of this rank's rows with those of all ranks."""
+        if self.training:
+            with torch.no_grad():
+                self.temp.clamp_(*TEMPERATURE_RANGE)
+        image_feats, text_feat = self._query_features(queries), self.text_features(tokens)
+        sim_i2t = losses.itc_similarity(image_feats, self._gather_features(text_feat))
+        sim_t2i = losses.itc_similarity(self._gather_features(image_feats), text_feat).t()
+        same_image = image_id[:, None] == self._gather(image_id)
+        return Contrast(sim_i2t / self.temp, sim_t2i / self.temp, same_image)
+
+    def _match(
+        self, image_embeds: Tensor, image_kv: ImageKV, tokens: TextTokens, contrast: Contrast
+    ) -> tuple[Tensor, Tensor]:
+        """ITM on the positives, (image, negative text) and (negative image, text); loss and accuracy."""
+        count = self.num_hard_negatives
+        texts, texts_valid = losses.sample_negatives(contrast.logits_i2t, contrast.same_image, count=count)
+        images, images_valid = losses.sample_negatives(contrast.logits_t2i, contrast.same_image, count=count)
+        own = torch.arange(len(tokens), device=self.device)
+        own_repeated = own.repeat_interleave(texts.shape[1])
+
+        pairs_kv = self._with_negative_images(
+            image_embeds, image_kv, torch.cat([own, own_repeated]), images.flatten()
+        )
+        pairs_tokens = self._with_negative_texts(tokens, own, texts.flatten(), own_repeated)
+        logits = self.match_logits(pairs_kv, pairs_tokens)
+
+        labels = torch.zeros(len(logits), dtype=torch.long, device=self.device)
+        labels[: len(own)] = 1
+        # A row whose batch shows a single picture has no negative; its drawn ones, and it, don't count.
+        valid = torch.cat(
+            [(texts_valid | images_valid).any(1), texts_valid.flatten(), images_valid.flatten()]
+        )
+        return losses.itm_loss(logits, labels, valid, total=self._mean_over_ranks(valid.sum()))
+
+    def _with_negative_images(
+        self, image_embeds: Tensor, image_kv: ImageKV, own_rows: Tensor, negatives: Tensor
+    ) -> ImageKV:
+        """The images `own_rows` of this rank, then `negatives` of all ranks (numbered over the ranks)."""
+        if not self._exchanges():
+            return image_kv[torch.cat([own_rows, negatives])]
+        # Features travel and the drawn ones are projected again: keys and values of all blocks would be 6.5
+        # times as much to send at full size (6 x 2 x 768 numbers a token against 1408).
+        everywhere = dist.all_gather_with_grad(image_embeds)
+        return ImageKV.cat([image_kv[own_rows], self.project_image(everywhere[negatives])])
+
+    def _with_negative_texts(
+        self, tokens: TextTokens, own: Tensor, negatives: Tensor, own_repeated: Tensor
+    ) -> TextTokens:
+        """This rank's texts, `negatives` of all ranks, then this rank's again for each negative image."""
+        everywhere, offset = tokens, 0
+        if self._exchanges():
+            wide = tokens.padded(self.max_txt_len)
+            everywhere = TextTokens(self._gather(wide.input_ids), self._gather(wide.attention_mask))
+            offset = dist.rank() * len(tokens)
+        pairs = everywhere[torch.cat([own + offset, negatives, own_repeated + offset])]
+        return pairs.trimmed() if self._exchanges() else pairs
+
+    def _generate_loss(self, queries: QueryStates, tokens: TextTokens) -> Tensor:
+        """ITG: each token of a caption from the image's queries and the tokens before it."""
+        inputs, targets = tokens.for_decoding(self.tokenizer.dec_id)
+        logits = self.Qformer.lm_logits(self.Qformer.encode_text(inputs, prefix=queries))
+        total = self._mean_over_ranks(torch.tensor(targets.numel(), device=targets.device))
+        return losses.itg_loss(logits, targets, smoothing=self.label_smoothing, total=total)
+
+    def _exchanges(self) -> bool:
+        # Evaluation shards differ in length, so nothing may wait for another rank there.
+        return self.training and dist.world_size() > 1
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return dist.all_gather(x) if self._exchanges() else x
+
+    def _gather_features(self, x: Tensor) -> Tensor:
+        if not self.itc_gather_with_grad:
+            return self._gather(x).detach()
+        return dist.all_gather_with_grad(x) if self._exchanges() else x
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        # A mean over the joined batch is the ranks' average of sums divided by this.
+        return self._gather(count.reshape(1)).float().mean()
+
+    # Parts that evaluation composes
+
+    def query_features(self, image_kv: ImageKV) -> Tensor:
+        """An image's Q projected queries [B, Q, E], L2-normalised."""
+        return self._query_features(self.encode_queries(image_kv))
+
+    def _query_features(self, queries: QueryStates) -> Tensor:
+        return normalize(self.vision_proj(queries.output).float(), dim=-1)
+
+    def text_features(self, tokens: TextTokens) -> Tensor:
+        """A text's projected [CLS] [B, E], L2-normalised."""
+        return normalize(self.text_proj(self.Qformer.encode_text(tokens, read="first")).float(), dim=-1)
+
+    def match_logits(self, image_kv: ImageKV, tokens: TextTokens) -> Tensor:
+        """ITM logits [B, 2] (no match, match), averaged over the queries.
+
+        Args:
+            image_kv: one image per text, or I images of which each serves B/I texts in a row (one: all
+                texts).
+        """
+        paired = self.Qformer.encode_pairs(self.query_tokens, image_kv, tokens)
+        # The head is affine: the mean of its logits is that of its inputs.
+        return self.itm_head(paired.mean(1))
+
+    # Inference
+
+    @torch.no_grad()
+    def extract_features(
+        self, samples: Mapping[str, Any], mode: Literal["image", "text", "multimodal"] = "multimodal"
+    ) -> Features:
+        """Features of images, texts or pairs; see `Features`.
+
+        Raises ValueError for another mode, or when `samples` lacks "image" or "text_input" where the mode
+        needs it.
+        """
+        if mode not in ("image", "text", "multimodal"):
+            raise ValueError(f"mode '{mode}' is not one of image, text, multimodal")
+        for key in ("image",) * (mode != "text") + ("text_input",) * (mode != "image"):
+            if samples.get(key) is None:
+                raise ValueError(f"extract_features with mode '{mode}' needs samples['{key}']")
+        if mode == "text":
+            texts = samples["text_input"]
+            return self._text_features_of([texts] if isinstance(texts, str) else texts)
+        if mode == "multimodal":
+            image_kv, tokens = self._pairs(samples)
+            return Features(multimodal_embeds=self.Qformer.encode_pairs(self.query_tokens, image_kv, tokens))
+        image = image_of(samples).to(self.device)
+        queries = self.encode_queries(self.project_image(self.encode_image(image)))
+        return Features(image_embeds=queries.output, image_embeds_proj=self._query_features(queries))
+
+    def _text_features_of(self, texts: Sequence[str]) -> Features:
+        tokens = self.tokenize(texts)
+        packed = self.Qformer.encode_text(tokens)
+        mask = tokens.attention_mask
+        embeds, proj = (
+            x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter(mask[..., None], x)
+            for x in (packed, normalize(self.text_proj(packed).float(), dim=-1))
+        )
+        return Features(text_embeds=embeds, text_embeds_proj=proj)
+
+    @torch.no_grad()
+    def compute_itc(self, samples: Mapping[str, Any]) -> Tensor:
+        """ITC score of each pair [B]: the cosine of text and best query, in [-1, 1]."""
+        image_kv, tokens = self._pairs(samples)
+        text_feat = self.text_features(tokens)
+        return torch.einsum("bqe,be->bq", self.query_features(image_kv), text_feat).amax(1)
+
+    @torch.no_grad()
+    def compute_itm(self, samples: Mapping[str, Any]) -> Tensor:
+        """ITM score of each pair [B]: the probability that image and text match, in [0, 1]."""
+        return self.match_logits(*self._pairs(samples)).float().softmax(-1)[:, 1]
+
+    def _pairs(self, samples: Mapping[str, Any]) -> tuple[ImageKV, TextTokens]:
+        batch = complete_samples(samples)
+        image_kv = self.project_image(self.encode_image(batch["image"].to(self.device)))
+        return image_kv, self.tokenize(batch["text_input"])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Mapping[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        length_penalty: float = 1.0,
+    ) -> list[str]:
+        """Captions of images by the ITG decoder: beam search, greedy (`num_beams=1`) or nucleus sampling.
+
+        Args:
+            samples: {"image": [B, 3, H, W]}.
+            max_length, min_length: of new tokens; at most `max_txt_len - 1`, as long as captions were in
+                training.
+            num_captions: per image; above 1 it needs sampling or at least as many beams.
+
+        Returns: B * num_captions texts, an image's together.
+        """
+        image = image_of(samples).to(self.device)
+        queries = self.encode_queries(self.project_image(self.encode_image(image)))
+        limit = min(max_length, self.max_txt_len - 1)
+        tokenizer = self.tokenizer
+        rules = DecodingRules(
+            end_id=tokenizer.sep_id,
+            max_length=limit,
+            min_length=min(min_length, limit),
+            temperature=temperature if use_nucleus_sampling else 1.0,
+            top_p=top_p if use_nucleus_sampling else 1.0,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            forbidden_ids=(tokenizer.pad_id, tokenizer.cls_id, tokenizer.dec_id),
+        )
+        rows = num_captions if use_nucleus_sampling else num_beams
+        decoder = QFormerDecoder(self.Qformer, queries, rows_per_image=rows)
+        start = torch.full((len(image),), tokenizer.dec_id, device=self.device)
+        if use_nucleus_sampling:
+            said = sample(decoder, start.repeat_interleave(rows), rules, greedy=False)
+        elif num_beams == 1 and num_captions == 1:
+            said = sample(decoder, start, rules, greedy=True)
+        else:
+            said = beam_search(decoder, start, rules, num_beams=num_beams, keep=num_captions).flatten(0, 1)
+        return [tokenizer.decode(row) for row in said.tolist()]
+
+
+@registry.register_model("blip2_image_text_matching")
+class Blip2ImageTextMatching(Blip2QFormer):
+    """The same model called as LAVIS's users call it: `model(samples, match_head="itm")`."""
+
+    def forward(self, samples: Mapping[str, Any], match_head: Literal["itm", "itc"] | None = None) -> Any:
+        """ITM logits [B, 2] (no match, match), ITC cosines [B, 1], or without a head the training losses."""
+        if match_head is None:
+            return super().forward(samples)
+        if match_head == "itm":
+            return self.match_logits(*self._pairs(samples))
+        if match_head == "itc":
+            return self.compute_itc(samples)[:, None]
+        raise ValueError(f"match_head '{match_head}' is neither itm nor itc")

@@ -1,0 +1,166 @@
+"""Greedy, beam and nucleus search over any one-token-at-a-time decoder.
+
+R rows being decoded (B inputs x K beams or samples), L new tokens, V vocabulary. Every row stands for itself:
+what is decoded for an input doesn't depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+class Decoder(Protocol):
+    """Something that says what may come next."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Take the next token int64[R] of every row; return the logits [R, V] of the one after."""
+        ...
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row r goes on from where row `rows[r]` of the same input was."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodingRules:
+    """What may be said: all lengths count new tokens only, without the end.
+
+    repetition_penalty: logits of tokens said before are divided by it when positive, else multiplied.
+    length_penalty: beams are ranked by log-probability / length ** length_penalty, the end counted.
+    """
+
+    end_id: int
+    max_length: int = 30
+    min_length: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    forbidden_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_length must be at least 1": self.max_length >= 1,
+            "min_length must be from 0 to max_length": 0 <= self.min_length <= self.max_length,
+            "temperature must be above 0": self.temperature > 0,
+            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{rule}: {self}")
+
+    def log_probs(self, logits: Tensor, said: Tensor) -> Tensor:
+        """Log-probabilities [R, V] of the next token under the rules, after the tokens said int64[R, L]."""
+        logits = logits.float()
+        if self.repetition_penalty != 1.0 and said.shape[1]:
+            seen = logits.gather(1, said)
+            penalised = torch.where(seen > 0, seen / self.repetition_penalty, seen * self.repetition_penalty)
+            logits = logits.scatter(1, said, penalised)
+        if self.forbidden_ids:
+            logits = logits.index_fill(1, torch.tensor(self.forbidden_ids, device=logits.device), NEVER)
+        if said.shape[1] < self.min_length:
+            logits = logits.index_fill(1, torch.tensor([self.end_id], device=logits.device), NEVER)
+        return (logits / self.temperature).log_softmax(-1)
+
+
+def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: bool) -> Tensor:
+    """One continuation per row: the likeliest token each time, or a draw from the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al.,
+    2020).
+
+    Args:
+        start: int64[R].
+
+    Returns: int64[R, L], the end token at and after the end.
+    """
+    ids, said = start, start.new_empty(start.shape[0], 0)
+    ended = torch.zeros_like(start, dtype=torch.bool)
+    for _ in range(rules.max_length):
+        log_probs = rules.log_probs(decoder.step(ids), said)
+        ids = log_probs.argmax(-1) if greedy else _draw_from_nucleus(log_probs.exp(), rules.top_p)
+        ids = ids.masked_fill(ended, rules.end_id)
+        said = torch.cat([said, ids[:, None]], 1)
+        ended = ended | (ids == rules.end_id)
+        if bool(ended.all()):
+            break
+    return said
+
+
+def _draw_from_nucleus(probs: Tensor, top_p: float) -> Tensor:
+    probs, order = probs.sort(-1, descending=True)
+    before = probs.cumsum(-1) - probs
+    drawn = torch.multinomial(probs.masked_fill(before >= top_p, 0.0), 1)
+    return order.gather(1, drawn).squeeze(1)
+
+
+def beam_search(
+    decoder: Decoder, start: Tensor, rules: DecodingRules, *, num_beams: int, keep: int = 1
+) -> Tensor:
+    """The `keep` best continuations of every input by beam search.
+
+    A beam that ends is set aside with its score; an input is finished when no running beam can still overtake
+    the `num_beams` best that ended.
+
+    Args:
+        start: int64[B]. The decoder has B * num_beams rows, those of an input together.
+
+    Returns: int64[B, keep, L], the end token after the end; best first.
+    """
+    if not 1 <= keep <= num_beams:
+        raise ValueError(f"{keep} captions asked of {num_beams} beams")
+    batch, end = start.shape[0], rules.end_id
+    ids = start.repeat_interleave(num_beams)
+    # All beams of an input start equal, so only the first counts in the first step.
+    scores = torch.full((batch, num_beams), NEVER, device=start.device)
+    scores[:, 0] = 0.0
+    said = start.new_full((batch, num_beams, rules.max_length), end)
+    ended_said, ended_scores = said.clone(), torch.full_like(scores, NEVER)
+    done = torch.zeros(batch, dtype=torch.bool, device=start.device)
+    for length in range(1, rules.max_length + 1):
+        log_probs = rules.log_probs(decoder.step(ids), said.flatten(0, 1)[:, : length - 1])
+        totals = scores[..., None] + log_probs.unflatten(0, (batch, num_beams))
+        vocabulary = totals.shape[-1]
+        # At most one of a beam's continuations is the end, so 2K leave at least K that run on.
+        best, flat = totals.flatten(1).topk(min(2 * num_beams, num_beams * vocabulary), dim=1)
+        beam, token = flat // vocabulary, flat % vocabulary
+        longer = said.gather(1, beam[..., None].expand(-1, -1, rules.max_length)).clone()
+        longer[:, :, length - 1] = token
+
+        is_end = token == end
+        final = best / length**rules.length_penalty
+        # Only an end among the K best counts: one further down would not have survived this step.
+        among_best = torch.arange(best.shape[1], device=best.device) < num_beams
+        newly = final.masked_fill(~(is_end & among_best) | done[:, None], NEVER)
+        ended_scores, ended_said = _best_of(ended_scores, ended_said, newly, longer)
+
+        scores, place = best.masked_fill(is_end, NEVER).topk(num_beams, dim=1)
+        said = longer.gather(1, place[..., None].expand(-1, -1, rules.max_length))
+        # With a length penalty above 0 a longer text divides its (negative) score by more: bound by the
+        # longest.
+        bound_length = rules.max_length if rules.length_penalty > 0 else length
+        reachable = scores[:, 0] / bound_length**rules.length_penalty
+        done = done | (ended_scores[:, -1] >= reachable)
+        if bool(done.all()) or length == rules.max_length:
+            break
+        rows = beam.gather(1, place) + torch.arange(batch, device=start.device)[:, None] * num_beams
+        decoder.reorder(rows.flatten())
+        ids = said[:, :, length - 1].flatten()
+    # What was still running at the limit counts as it stands.
+    running = (scores / length**rules.length_penalty).masked_fill(done[:, None], NEVER)
+    _, ended_said = _best_of(ended_scores, ended_said, running, said)
+    return ended_said[:, :keep, :length]
+
+
+def _best_of(scores: Tensor, said: Tensor, more_scores: Tensor, more_said: Tensor) -> tuple[Tensor, Tensor]:
+    """The best `scores.shape[1]` of both lists for every input."""
+    scores_all, said_all = torch.cat([scores, more_scores], 1), torch.cat([said, more_said], 1)
+    best, place = scores_all.topk(scores.shape[1], dim=1)
+    return best, said_all.gather(1, place[..., None].expand(-1, -1, said.shape[2]))

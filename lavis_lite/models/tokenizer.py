@@ -1,0 +1,115 @@
+"""Text in and out of the Q-Former: BERT's WordPiece tokens plus [DEC], which starts a text to be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lavis_lite.common.errors import ConfigError
+
+DEC = "[DEC]"
+SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "worlds" / "shapes" / "tokenizer"
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """A batch of tokenised texts, padded on the right to its longest.
+
+    input_ids: int64[B, T], beginning with [CLS] and ending with [SEP].
+    attention_mask: bool[B, T], True at real tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> TextTokens:
+        """The chosen rows, in that order, at the same width."""
+        return TextTokens(self.input_ids[rows], self.attention_mask[rows])
+
+    def to(self, device: torch.device | str) -> TextTokens:
+        """The same tokens on another device."""
+        return TextTokens(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def padded(self, length: int) -> TextTokens:
+        """At least `length` wide: ranks that exchange texts need one width."""
+        more = max(0, length - self.input_ids.shape[1])
+        return TextTokens(F.pad(self.input_ids, (0, more)), F.pad(self.attention_mask, (0, more)))
+
+    def trimmed(self) -> TextTokens:
+        """Without the columns that are padding in every row."""
+        longest = int(self.attention_mask.sum(1).max())
+        return TextTokens(self.input_ids[:, :longest], self.attention_mask[:, :longest])
+
+    def for_decoding(self, dec_id: int) -> tuple[TextTokens, Tensor]:
+        """What the decoder reads, ([DEC] w1 .. wn), and the next tokens it shall say, (w1 .. wn [SEP]).
+
+        The last token predicts nothing and nothing before it may look at it, so it isn't read at all.
+
+        Returns: tokens [B, T-1] and the targets int64[N] of their N real tokens, row after row.
+        """
+        ids, mask = self.input_ids[:, :-1].clone(), self.attention_mask[:, 1:]
+        ids[:, 0] = dec_id
+        return TextTokens(ids, mask), self.input_ids[:, 1:][mask]
+
+
+class TextTokenizer:
+    """A BERT tokenizer with [DEC] added, as LAVIS adds it: the last id of the vocabulary.
+
+    Args:
+        source: a hub name such as `bert-base-uncased`, a local folder, or `shapes` for the embedded world's.
+
+    Raises ConfigError when it can't be loaded from there.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._tokenizer = _load(source)
+        self._tokenizer.add_special_tokens({"bos_token": DEC})
+        special = ("cls_token_id", "sep_token_id", "pad_token_id", "bos_token_id")
+        missing = [
+            name.removesuffix("_id") for name in special if getattr(self._tokenizer, name, None) is None
+        ]
+        if missing:
+            raise ConfigError(
+                f"model.tokenizer '{source}' has no {', '.join(missing)}; a BERT tokenizer is needed"
+            )
+        self.cls_id, self.sep_id, self.pad_id, self.dec_id = (
+            int(getattr(self._tokenizer, name)) for name in special
+        )
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, texts: Sequence[str], *, max_length: int) -> TextTokens:
+        """Tokens of the texts, each of at most `max_length` tokens with [CLS] and [SEP]."""
+        encoded = self._tokenizer(
+            list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
+        )
+        return TextTokens(encoded["input_ids"], encoded["attention_mask"].bool())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one row of ids, without special tokens and surrounding blanks."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _load(source: str) -> Any:
+    from transformers import BertTokenizer  # seconds to import, and only texts need it
+
+    folder = SHAPES_FOLDER if source == "shapes" else Path(source).expanduser()
+    try:
+        return BertTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model.tokenizer: '{source}' is no local folder and can't be loaded from the hub ({reason}); "
+            "give the folder of a saved BERT tokenizer, or 'shapes' for the embedded world's"
+        ) from error

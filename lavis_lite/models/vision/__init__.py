@@ -1,0 +1,1 @@
+"""Vision encoders on timm, and the tower that freezes, casts and calls any of them."""

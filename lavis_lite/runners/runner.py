@@ -1,0 +1,357 @@
+"""The training loop: train_step -> log -> validate -> save, one optimiser step after another.
+
+Randomness. Every forward pass begins with a seed made from (run.seed, number of the batch, rank), and the
+loader's n-th batch depends on (run.seed, n) alone, so a checkpoint needs no generator states: continuing at
+step n does what going on would have done, bit for bit, with any number of loader workers.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_lite.common import checkpoint as ckpt
+from lavis_lite.common import dist, optim
+from lavis_lite.common.config import Config
+from lavis_lite.common.device import autocast
+from lavis_lite.common.errors import TrainingError
+from lavis_lite.common.logging import ProgressDisplay, RunLog, get_logger, read_rows
+from lavis_lite.common.registry import registry
+from lavis_lite.common.signals import StopSignals
+from lavis_lite.runners import evaluation as ev
+from lavis_lite.runners import resume
+from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
+from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
+from lavis_lite.tasks.base import RunFacts
+
+logger = get_logger(__name__)
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+@registry.register_runner("runner_base")
+class Runner:
+    """Trains and evaluates what a configuration describes; one process, or several under torchrun."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.run_dir = Path(cfg.run.output_dir)
+        self.results: list[ev.Result] = []
+        self.saved: Path | None = None
+        self.log_file: RunLog | None = None
+        self.state = TrainState()
+        self.max_steps = 0
+        self.stopping = self.save_wished = False
+        self.window = Window()
+        self.signals = StopSignals()
+        self._began = self._saved_at = time.monotonic()
+
+    def train(self) -> RunResult:
+        """Train to run.max_steps (or max_epochs), from where run.resume says, then evaluate and report.
+
+        The first SIGTERM or Ctrl-C lets the current step finish and saves. After SIGTERM the call then
+        returns with `finished` false (the command exits with 0); after Ctrl-C it raises KeyboardInterrupt
+        (exit code 130).
+
+        Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
+        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
+        """
+        dist.init()
+        if self._set_up():
+            with self.signals, self.progress:
+                if self._owes_evaluation():
+                    self.validate()
+                batches = self.parts.loader.batches(self.state.step * self.cfg.run.accum_grad_iters)
+                while not self.finished and not self.stopping:
+                    self.train_step(batches)
+                    self.log()
+                    if self._is_due(self.cfg.run.eval_every):
+                        self.validate()
+                    if self._save_is_due():
+                        self.save()
+            self._finish()
+        # Not after an error: other ranks may be waiting in a collective, and end because this one does.
+        dist.shutdown()
+        return RunResult(self.finished, self.state.step, self.saved, dict(self.state.metrics))
+
+    def _set_up(self) -> bool:
+        """Find where to start and build everything; False for a finished run, whose summary is printed."""
+        start = dist.broadcast_object(resume.find_start(self.cfg) if dist.is_main() else None)
+        assert start is not None
+        self.state = start.state
+        self.saved = start.checkpoint
+        if start.summary is not None:
+            self.max_steps = self.state.step
+            self._print([f"this run is finished: {self.saved}", *start.summary])
+            return False
+        run = self.cfg.run
+        if dist.is_main():
+            self.log_file = RunLog(self.run_dir, last_step=self.state.step, tensorboard=run.tensorboard)
+        self.parts = build_parts(self.cfg, start)
+        self.max_steps = self.parts.max_steps
+        ev.check_splits(self.parts.datasets, run.valid_splits, where="run.valid_splits", required=False)
+        if self.saved is not None:
+            logger.info("continuing %s at step %d", self.saved, self.state.step)
+            self._warn_of_processes()
+        self.state.num_threads, self.state.world_size = torch.get_num_threads(), dist.world_size()
+        logger.info(describe(self.parts))
+        self.progress = ProgressDisplay(self.max_steps, self.state.step, shown=dist.is_main())
+        self.parts.wrapped.train()
+        return True
+
+    def _warn_of_processes(self) -> None:
+        before, now = self.state.world_size, dist.world_size()
+        if before != now:
+            logger.warning("the run had %d processes and now has %d: its global batch changes", before, now)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its length."""
+        return self.state.step >= self.max_steps
+
+    def train_step(self, batches: Iterator[Mapping[str, Any]]) -> None:
+        """One optimiser step on the mean loss of accum_grad_iters batches per rank."""
+        parts, accum = self.parts, self.cfg.run.accum_grad_iters
+        began = time.monotonic()
+        optim.set_lr(parts.optimizer, parts.schedule(self.state.step))
+        sums: dict[str, Tensor] = {}
+        for micro in range(accum):
+            samples = self._next(batches)
+            torch.manual_seed(mix_seed(self.cfg.run.seed, self.state.step * accum + micro, dist.rank()))
+            # Gradients are exchanged once per step, in the backward of its last batch.
+            with nullcontext() if micro == accum - 1 else parts.strategy.no_sync(parts.wrapped):
+                with autocast(parts.device, parts.precision):
+                    losses = parts.wrapped(samples)
+                parts.scaler.scale(losses["loss"] / accum).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / accum
+        self._update(sums)
+        self.state.step += 1
+        self.window.steps += 1
+        self.window.seconds += time.monotonic() - began
+
+    def _next(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
+        began = time.monotonic()
+        samples = next(batches)
+        self.window.wait += time.monotonic() - began
+        return to_device(samples, self.parts.device)
+
+    def _update(self, sums: Mapping[str, Tensor]) -> None:
+        """Clip, check and apply the gradients. What ranks must agree on travels in one collective:
+        the scalars, whether to skip (a value not finite on one rank is so in the mean), stop and save."""
+        parts, run = self.parts, self.cfg.run
+        groups = parts.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        parts.scaler.unscale_(parts.optimizer)
+        if run.max_grad_norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+        wishes = {"_stop": float(self.signals.received is not None), "_save": float(self._minutes_are_over())}
+        values = dist.reduce_mean({**sums, "grad_norm": norm, **wishes})
+        self.stopping = values.pop("_stop") > 0.0
+        self.save_wished = values.pop("_save") > 0.0
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        if finite:
+            parts.scaler.step(parts.optimizer)
+        scale = parts.scaler.get_scale()
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        self._count(values, finite, searching=math.isfinite(values["loss"]) and scale > 1.0)
+
+    def _count(self, values: Mapping[str, float], finite: bool, *, searching: bool) -> None:
+        """Book a step as done or skipped. searching: fp16's loss scale is coming down, which is no fault."""
+        state = self.state
+        if finite:
+            state.skipped_in_row = 0
+            state.means.add(values)
+            return
+        state.skipped += 1
+        state.skipped_in_row += 0 if searching else 1
+        logger.warning(
+            "step %d skipped: loss %s, gradient norm %s", state.step + 1, values["loss"], values["grad_norm"]
+        )
+        if self.log_file is not None:
+            self.log_file.write("skipped", state.step + 1, values)
+        if state.skipped_in_row > self.cfg.run.max_skipped:
+            raise TrainingError(
+                f"{state.skipped_in_row} steps in a row up to step {state.step + 1} had a loss or gradient "
+                f"that is not finite (run.max_skipped={self.cfg.run.max_skipped}); last good checkpoint: "
+                f"{self.saved or 'none yet'}; try a lower run.init_lr, run.max_grad_norm=1.0 or "
+                "run.precision=fp32"
+            )
+
+    def log(self) -> None:
+        """Every log_every steps, and at the first and last, write and show the means since the row before."""
+        run, parts, step = self.cfg.run, self.parts, self.state.step
+        self.progress.advance(step)
+        if not (step == 1 or step % run.log_every == 0 or step == self.max_steps):
+            return
+        window, self.window = self.window, Window()
+        means = self.state.means.take()
+        images = window.steps * run.accum_grad_iters * run.batch_size_train * dist.world_size()
+        row: dict[str, Any] = {
+            "epoch": round(self._epoch(), 4),
+            **means,
+            "lr": parts.schedule(step - 1),
+            "images_per_s": round(images / window.seconds, 2),
+            "data_wait": round(window.wait / window.steps, 5),
+            "elapsed_s": round(self._elapsed(), 2),
+            "skipped": self.state.skipped,
+            "bad_images": parts.loader.bad_images,
+        }
+        if parts.scaler.is_enabled():
+            row["grad_scale"] = parts.scaler.get_scale()
+        if self.log_file is not None:
+            self.log_file.write("train", step, row)
+        self.progress.show(row)
+
+    def _epoch(self) -> float:
+        return self.state.step * self.cfg.run.accum_grad_iters / self.parts.loader.batches_per_epoch
+
+    def _elapsed(self) -> float:
+        """Wall time of all of the run's parts up to now."""
+        return self.state.elapsed_s + time.monotonic() - self._began
+
+    def validate(self) -> None:
+        """Evaluate the validation splits, log their metrics, and note a new best."""
+        run, state = self.cfg.run, self.state
+        self.results = ev.evaluate_splits(self.parts, run.valid_splits, seed=run.seed, final=self.finished)
+        if not self.results:
+            return
+        known, state.evaluated_step = state.evaluated_step == state.step, state.step
+        state.metrics = ev.named_metrics(self.results)
+        for split in dict.fromkeys(result.split for result in self.results):
+            own = {name: value for name, value in state.metrics.items() if name.startswith(f"{split}/")}
+            if self.log_file is not None and not known:
+                self.log_file.write("eval", state.step, {"split": split, **own})
+        if run.best_metric is None:
+            return
+        if run.best_metric not in state.metrics:
+            self.save()
+            ev.check_best_metric(run.best_metric, state.metrics)
+        value = state.metrics[run.best_metric]
+        if ckpt.is_better(value, state.best["value"] if state.best else None, run.best_mode):
+            state.best = {"metric": run.best_metric, "value": value, "step": state.step}
+            logger.info("best so far: %s %.4f at step %d", run.best_metric, value, state.step)
+
+    def save(self) -> None:
+        """Write this step's checkpoint; keep the newest keep_last and the best."""
+        run, state, parts = self.cfg.run, self.state, self.parts
+        weights = parts.strategy.unwrap(parts.wrapped).trainable_state_dict()  # type: ignore[operator]  # BaseModel's
+        self._saved_at = time.monotonic()
+        folder = self.run_dir / ckpt.FOLDER
+        self.saved = ckpt.step_dir(folder, state.step)
+        if not dist.is_main():
+            return
+        state.scaler = parts.scaler.state_dict()
+        content = {
+            **state.to_dict(),
+            "elapsed_s": self._elapsed(),
+            "epoch": self._epoch(),
+            "batches": state.step * run.accum_grad_iters,
+            "max_steps": self.max_steps,
+            "versions": resume.versions(),
+        }
+        ckpt.save_checkpoint(
+            folder,
+            state.step,
+            model=weights,
+            optimizer=optim.optimizer_tensors(parts.optimizer),
+            state=content,
+        )
+        ckpt.prune(folder, keep_last=run.keep_last, best_step=state.best["step"] if state.best else None)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: only at the end) is to be done after this one."""
+        if self.stopping and not self.finished:
+            return False
+        return self.finished or (every > 0 and self.state.step % every == 0)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether a signal stopped the run at a step whose evaluation was due: it is made up for first."""
+        started, state = self.saved is not None, self.state
+        return (
+            started
+            and not self.finished
+            and self._is_due(self.cfg.run.eval_every)
+            and (state.evaluated_step != state.step)
+        )
+
+    def _save_is_due(self) -> bool:
+        best_now = self.state.best is not None and self.state.best["step"] == self.state.step
+        return self._is_due(self.cfg.run.save_every) or self.save_wished or self.stopping or best_now
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.cfg.run.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+
+    def _finish(self) -> None:
+        """After the loop: report a finished run, or say how to continue a stopped one."""
+        if self.finished:
+            if not self.results:  # the run was finished before, but not reported
+                self.validate()
+            self._report()
+        if self.log_file is not None:
+            self.log_file.close()
+        if not self.finished:
+            dist.barrier()  # torchrun ends all processes when one ends with an error: not before all is saved
+            self._say_stopped()
+
+    def _report(self) -> None:
+        if not dist.is_main():
+            return
+        files = {
+            "config": self.run_dir / resume.CONFIG_FILE,
+            "log": self.run_dir / resume.LOG_FILE,
+            "checkpoint": self.saved or self.run_dir / ckpt.FOLDER,
+        }
+        facts = RunFacts(self.run_dir, self._elapsed(), config=self.cfg.to_yaml(), files=files)
+        lines = ev.closing(self.parts, self.results, read_rows(self.run_dir / resume.LOG_FILE), facts)
+        resume.save_summary(self.cfg, self.state.step, lines, self.state.metrics)
+        self._print(lines)
+
+    def _say_stopped(self) -> None:
+        received = self.signals.received
+        name = "a signal to another process" if received is None else NAMES[received]
+        continued = "the same command continues it"
+        if self.cfg.run.resume != "auto":
+            continued += " with run.resume=auto"
+        step, length = self.state.step, self.max_steps
+        logger.info("stopped by %s after step %d of %d: %s; %s", name, step, length, self.saved, continued)
+        if received == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate model.pretrained, or else output_dir's best checkpoint, on the test splits; the metrics.
+
+        Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
+        """
+        dist.init()
+        run = self.cfg.run
+        base, source = build_for_evaluation(self.cfg)
+        ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
+        logger.info("evaluating %s on %s", source, ", ".join(run.test_splits))
+        results = ev.evaluate_splits(base, run.test_splits, seed=run.seed, final=True)
+        metrics = ev.named_metrics(results)
+        if dist.is_main():
+            folder = self.run_dir / "evaluation"
+            ev.write_metrics(folder / "metrics.json", source, metrics)
+            files = {"metrics": folder / "metrics.json", "checkpoint": source}
+            facts = RunFacts(folder, self._elapsed(), config=self.cfg.to_yaml(), files=files)
+            lines = ev.closing(base, results, read_rows(self.run_dir / resume.LOG_FILE), facts)
+            self._print(lines)
+        dist.shutdown()
+        return metrics
+
+    def _print(self, lines: list[str]) -> None:
+        if dist.is_main():
+            print("\n".join(lines), flush=True)

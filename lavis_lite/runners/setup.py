@@ -1,0 +1,187 @@
+"""Builds what a configuration names, the cheap and fallible first: data files come before the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite.common import checkpoint as ckpt
+from lavis_lite.common import dist, optim
+from lavis_lite.common.binding import bind
+from lavis_lite.common.config import Config
+from lavis_lite.common.device import available_cores, choose_device, choose_precision, choose_threads
+from lavis_lite.common.errors import CheckpointError, ConfigError, closest
+from lavis_lite.common.logging import get_logger
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.builders import build_datasets
+from lavis_lite.datasets.loader import TrainLoader
+from lavis_lite.models.base import build_model
+from lavis_lite.parallel.base import Strategy, build_strategy
+from lavis_lite.runners.resume import StartPoint
+from lavis_lite.tasks.base import EvalArgs
+
+Splits = Mapping[str, Mapping[str, Any]]
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Base:
+    """What both training and evaluation need; datasets by name, then split."""
+
+    device: torch.device
+    precision: str
+    datasets: Splits
+    task: Any
+    model: nn.Module
+    eval_args: EvalArgs
+
+
+@dataclass
+class Parts(Base):
+    """What training needs besides; `wrapped` is the model as its strategy trains it."""
+
+    strategy: Strategy
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: optim.Schedule
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    max_steps: int
+
+
+def build_base(cfg: Config, *, model_cfg: Mapping[str, Any], threads: int | None = None) -> Base:
+    """Device, datasets, task and model. threads: those that `auto` once chose for the run continued here."""
+    run = cfg.run
+    device = choose_device(run.device)
+    if threads is None or run.num_threads != "auto" or threads > available_cores():
+        threads = choose_threads(run.num_threads, device, run.num_workers)
+    torch.set_num_threads(threads)
+    precision = choose_precision(run.precision, device)
+    task_class = registry.get_task_class(cfg.task["name"])
+    task = task_class(**bind(task_class, cfg.task, where="task", skip=("name",)))
+    with dist.local_main_first():
+        datasets = build_datasets(cfg.datasets)
+    # The same weights on every rank, whatever drew random numbers before.
+    torch.manual_seed(run.seed)
+    model = build_model(model_cfg).to(device)
+    args = EvalArgs(
+        batch_size=run.batch_size_eval,
+        num_workers=run.num_workers,
+        device=device,
+        precision=precision,
+        max_bad_fraction=run.max_bad_fraction,
+    )
+    return Base(device, precision, datasets, task, model, args)
+
+
+def build_parts(cfg: Config, start: StartPoint) -> Parts:
+    """Everything training needs, with a checkpoint's contents where the run continues one."""
+    run, state = cfg.run, start.state
+    resumed = start.checkpoint is not None
+    strategy = build_strategy(run.strategy)
+    if run.max_steps is None and run.max_epochs is None:
+        raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
+    schedule_class = registry.get_lr_scheduler_class(run.lr_sched)
+    # A checkpoint holds the weights that model.pretrained once gave.
+    model_cfg = {**cfg.model, "pretrained": None} if resumed else cfg.model
+    base = build_base(cfg, model_cfg=model_cfg, threads=state.num_threads if resumed else None)
+    loader = build_loader(cfg, base.datasets)
+    max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)
+    if start.checkpoint is not None:
+        base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
+    wrapped = strategy.wrap(base.model, base.device)
+    groups = optim.param_groups(base.model, run.weight_decay, run.lr_layer_decay)
+    optimizer = optim.build_optimizer(groups, run.betas, base.device)
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
+    if start.checkpoint is not None:
+        optim.load_optimizer_tensors(optimizer, ckpt.load_tensors(start.checkpoint / ckpt.OPTIMIZER))
+        if state.scaler:
+            scaler.load_state_dict(state.scaler)
+    schedule = schedule_class(
+        max_steps=max_steps,
+        init_lr=run.init_lr,
+        min_lr=run.min_lr,
+        warmup_lr=run.warmup_lr,
+        warmup_steps=run.warmup_steps,
+    )
+    return Parts(
+        **vars(base),
+        strategy=strategy,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        loader=loader,
+        max_steps=max_steps,
+    )
+
+
+def build_loader(cfg: Config, datasets: Splits) -> TrainLoader:
+    """The training loader over every dataset that has the training split, mixed by their `ratio`."""
+    run = cfg.run
+    names = [name for name, splits in datasets.items() if run.train_split in splits]
+    if not names:
+        known = sorted({split for splits in datasets.values() for split in splits})
+        hint = closest(run.train_split, known) or f"splits: {', '.join(known) or 'none'}"
+        raise ConfigError(f"run.train_split: no dataset has a split '{run.train_split}'; {hint}")
+    return TrainLoader(
+        [datasets[name][run.train_split] for name in names],
+        _ratios({name: cfg.datasets[name].get("ratio") for name in names}),
+        batch_size=run.batch_size_train,
+        seed=run.seed,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        num_workers=run.num_workers,
+        max_bad_fraction=run.max_bad_fraction,
+    )
+
+
+def _ratios(given: Mapping[str, float | None]) -> list[float] | None:
+    """How often each dataset is drawn, None for by size."""
+    without = [name for name, ratio in given.items() if ratio is None]
+    if len(without) == len(given):
+        return None
+    if without:
+        missing = ", ".join(f"datasets.{name}.ratio" for name in without)
+        raise ConfigError(f"missing {missing}: either all datasets that are trained on have a ratio, or none")
+    return [ratio for ratio in given.values() if ratio is not None]
+
+
+def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
+    """What evaluation needs, and the checkpoint whose weights the model has.
+
+    That is model.pretrained if set, else the best (or newest) checkpoint of output_dir.
+
+    Raises CheckpointError when neither is there.
+    """
+    pretrained = cfg.model.get("pretrained")
+    source = Path(pretrained) if pretrained else ckpt.best_or_newest(cfg.run.output_dir)
+    if source is None:
+        raise CheckpointError(
+            f"nothing to evaluate: '{cfg.run.output_dir}' has no checkpoint; train, or set model.pretrained"
+        )
+    return build_base(cfg, model_cfg={**cfg.model, "pretrained": str(source)}), source
+
+
+def to_device(samples: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in samples.items()}
+
+
+def describe(parts: Parts) -> str:
+    """One line about a run: sizes, arithmetic, processes."""
+    total = sum(p.numel() for p in parts.model.parameters())
+    trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    processes = f", {dist.world_size()} processes" if dist.world_size() > 1 else ""
+    threads = torch.get_num_threads()
+    return (
+        f"training {trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters for {parts.max_steps} steps"
+        f" on {parts.device} in {parts.precision}{processes},"
+        f" {threads} thread{'s' if threads > 1 else ''} per process"
+    )

@@ -1,0 +1,61 @@
+"""What a batch is: the one contract between datasets and models, which never import each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from lavis_lite.common import dist
+
+
+class ImageTextSamples(TypedDict):
+    """A batch of image-text pairs, every field always present.
+
+    image: float32[B, 3, H, W], normalised as the encoder expects.
+    text_input: B strings.
+    image_id: int64[B]; rows with equal ids show the same picture.
+    """
+
+    image: Tensor
+    text_input: list[str]
+    image_id: Tensor
+
+
+def image_of(samples: Mapping[str, Any]) -> Tensor:
+    """The images of a caller's dictionary; ValueError when they are absent or not [B, 3, H, W]."""
+    image = samples.get("image")
+    if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != 3:
+        found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"samples['image'] must be a float tensor [B, 3, H, W], not {found}")
+    return image
+
+
+def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
+    """The typed batch behind a caller's dictionary: the only place where a missing field gets its meaning.
+
+    `text_input` may be one string for all images. Without `image_id` every row is its own picture
+    (negative ids, different on every rank, which no dataset gives).
+
+    Raises ValueError when `image` is absent or not [B, 3, H, W], texts are absent or no strings, or there are
+    not as many texts and ids as images.
+    """
+    image = image_of(samples)
+    batch = image.shape[0]
+    texts = samples.get("text_input")
+    texts = [texts] * batch if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("samples['text_input'] must be a string or a list of strings, one for each image")
+    if len(texts) != batch:
+        raise ValueError(f"samples['text_input'] has {len(texts)} texts for {batch} images")
+    image_id = samples.get("image_id")
+    if image_id is None:
+        image_id = -1 - (torch.arange(batch) + dist.rank() * 2**32)
+    ids = torch.as_tensor(image_id)
+    if ids.shape != (batch,):
+        raise ValueError(
+            f"samples['image_id'] must have {batch} numbers, one an image, not {list(ids.shape)}"
+        )
+    return {"image": image, "text_input": list(texts), "image_id": ids.to(image.device)}

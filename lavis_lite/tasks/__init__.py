@@ -1,0 +1,1 @@
+"""What is measured on held-out data and how it is reported; the training loop belongs to the runner."""

@@ -1,0 +1,78 @@
+"""The dataset builder that draws the world when it isn't there and then reads it like any user's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import MapDataset
+from lavis_lite.datasets.builders import ImageTextBuilder
+from lavis_lite.worlds.shapes.scene import SPLITS
+from lavis_lite.worlds.shapes.writer import WorldSpec, write_world
+
+
+@registry.register_builder("shapes")
+class ShapesBuilder:
+    """Captioned pictures of the shapes world, drawn into the cache folder at first use.
+
+    Args:
+        name: the dataset's, as in the config.
+        train, val, test: pictures per split; 0 leaves a split out. No scene is in two splits, whatever the
+            seed.
+        image_size: the side in pixels.
+        captions_per_image: 1-4, in different styles. questions_per_image: 0-10, of different types.
+        seed: of the scenes.
+        vis_processor, text_processor: `train` and `eval`, each with a `name` and that processor's keywords.
+        ratio: how often a batch is drawn from this dataset in a mix; by default in proportion to its rows.
+        limit: only so many rows of each split, for trials.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        train: int = 20_000,
+        val: int = 500,
+        test: int = 500,
+        image_size: int = 64,
+        captions_per_image: int = 2,
+        questions_per_image: int = 4,
+        seed: int = 0,
+        vis_processor: Mapping[str, Any] | None = None,
+        text_processor: Mapping[str, Any] | None = None,
+        ratio: float | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.name = name
+        self.ratio = ratio
+        self.spec = WorldSpec(
+            train=train,
+            val=val,
+            test=test,
+            image_size=image_size,
+            captions_per_image=captions_per_image,
+            questions_per_image=questions_per_image,
+            seed=seed,
+        )
+        sources = {
+            split: {"annotations": f"annotations/captions_{split}.json", "images": f"images/{split}"}
+            for split in SPLITS
+            if self.spec.size(split)
+        }
+        # The generic builder; the folder it reads is written later, by `build_datasets`.
+        self.files = ImageTextBuilder(
+            name=name,
+            root=str(self.spec.folder),
+            format="coco",
+            vis_processor=vis_processor,
+            text_processor=text_processor,
+            ratio=ratio,
+            limit=limit,
+            **sources,  # type: ignore[arg-type]  # keys are exactly train, val and test
+        )
+
+    def build_datasets(self) -> dict[str, MapDataset]:
+        """The configured splits by name, their files written first where they are missing."""
+        write_world(self.spec)
+        return self.files.build_datasets()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lavis_lite.common.io import atomic_dir, atomic_write, cache_dir, remove_leftovers
+
+
+def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path / "cache"))
+    assert cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("LAVIS_LITE_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "lavis_lite"
+
+
+def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    atomic_write(path, "é1")
+    atomic_write(path, b"2")
+    assert path.read_bytes() == b"2"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    atomic_write(path, "old")
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_dir_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with pytest.raises(RuntimeError, match="half way"), atomic_dir(path) as temporary:
+        (temporary / "one").write_text("1")
+        assert not path.exists()
+        raise RuntimeError("half way")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_dir(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "one").write_text("1")
+    assert (path / "sub" / "one").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_atomic_dir_keeps_or_replaces_what_is_there(tmp_path: Path, replace: bool) -> None:
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with atomic_dir(path, replace=replace) as temporary:
+            (temporary / "file").write_text(content)
+    assert (path / "file").read_text() == ("second" if replace else "first")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-folder-x").mkdir()
+    (tmp_path / ".tmp-folder-x" / "part").write_text("half")
+    (tmp_path / ".tmp-file").write_text("half")
+    (tmp_path / "whole").write_text("whole")
+    assert len(remove_leftovers(tmp_path)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert remove_leftovers(tmp_path / "absent") == []
