@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_lite.common.config import PRESETS, load_dataset_preset, load_model_preset, merge
+from lavis_lite.common.config import PRESETS, load_dataset_preset, load_model_preset, merge, model_types
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 
@@ -99,10 +99,7 @@ class ModelZoo:
     """Every registered model with its presets; printing it gives a table."""
 
     def __init__(self) -> None:
-        self.model_zoo = {
-            name: sorted(path.stem for path in self._folder(name).glob("*.yaml"))
-            for name in registry.names("model")
-        }
+        self.model_zoo = {name: model_types(self._folder(name)) for name in registry.names("model")}
 
     @staticmethod
     def _folder(name: str) -> Path:

@@ -10,6 +10,7 @@ from lavis_lite.common.registry import registry
 MODULES: dict[str, dict[str, list[str]]] = {
     "model": {
         "lavis_lite.models.blip2_qformer": ["blip2", "blip2_feature_extractor", "blip2_image_text_matching"],
+        "lavis_lite.models.blip2_generative": ["blip2_opt", "blip2_t5", "blip2_lm"],
         "lavis_lite.worlds.shapes.vit_pretrain": ["shapes_vit_pretrain"],
     },
     "vision_encoder": {
@@ -17,6 +18,10 @@ MODULES: dict[str, dict[str, list[str]]] = {
         "lavis_lite.models.vision.clip": ["clip_L"],
         "lavis_lite.models.vision.timm_encoder": ["timm"],
         "lavis_lite.worlds.shapes.encoder": ["shapes_vit"],
+    },
+    "language_model": {
+        "lavis_lite.models.language.decoder_only": ["opt", "causal_lm"],
+        "lavis_lite.models.language.encoder_decoder": ["t5", "seq2seq_lm"],
     },
     "processor": {
         "lavis_lite.processors.image": ["blip2_image_train", "blip_image_train", "blip_image_eval"],

@@ -59,3 +59,20 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
             f"samples['image_id'] must have {batch} numbers, one an image, not {list(ids.shape)}"
         )
     return {"image": image, "text_input": list(texts), "image_id": ids.to(image.device)}
+
+
+def prompts_of(samples: Mapping[str, Any], *, batch: int, default: str) -> list[str]:
+    """One prompt an image: `samples["prompt"]`, a string for all or a list of one each; by default `default`.
+
+    Raises ValueError for a list of another length or something that is no string.
+    """
+    prompt = samples.get("prompt")
+    prompt = default if prompt is None else prompt
+    prompts = [prompt] * batch if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+        raise ValueError("samples['prompt'] must be a string or a list of strings, one for each image")
+    if len(prompts) != batch:
+        raise ValueError(
+            f"samples['prompt'] has {len(prompts)} prompts for {batch} images: give one, or one each"
+        )
+    return list(prompts)

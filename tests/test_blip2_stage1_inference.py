@@ -137,7 +137,7 @@ def test_wide_beam_search_finds_the_best_of_all_texts(seed: int, length_penalty:
     found = beam_search(
         Markov(beams, vocabulary, seed), torch.zeros(1, dtype=torch.long), rules, num_beams=beams, keep=2
     )
-    for row, said in zip(found[0].tolist(), best, strict=True):
+    for row, said in zip(found.ids[0].tolist(), best, strict=True):
         assert row == [*said, *[end] * (len(row) - len(said))]
 
 
@@ -158,9 +158,9 @@ def test_decoding_rules() -> None:
 
 def test_texts_go_on_after_their_neighbours_ended() -> None:
     rules = DecodingRules(end_id=3, max_length=4)
-    said = sample(Markov(4, 4, 1), torch.tensor([0, 1, 2, 0]), rules, greedy=True)
+    said = sample(Markov(4, 4, 1), torch.tensor([0, 1, 2, 0]), rules, greedy=True).ids[:, 0]
     for row, start in zip(said.tolist(), [0, 1, 2, 0], strict=True):
-        alone = sample(Markov(1, 4, 1), torch.tensor([start]), rules, greedy=True)[0].tolist()
+        alone = sample(Markov(1, 4, 1), torch.tensor([start]), rules, greedy=True).ids[0, 0].tolist()
         assert row[: len(alone)] == alone and set(row[len(alone) :]) <= {3}
 
 

@@ -185,16 +185,21 @@ def load_model_preset(model: Mapping[str, Any]) -> dict[str, Any]:
     folder = PRESETS / "models" / getattr(registry.get_model_class(model["arch"]), "presets", model["arch"])
     preset = folder / f"{model_type}.yaml"
     if not preset.is_file():
-        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        names = model_types(folder)
         hint = closest(str(model_type), names)
         raise ConfigError(
             f"model.model_type: '{model['arch']}' has no type '{model_type}'"
             + (f", {hint}" if hint else ";")
             + f" types: {', '.join(names) or 'none'}"
         )
-    content = read_yaml(preset)
+    content = read_project(preset)
     _check_keys(content, ["model", "preprocess"], where=str(preset.name))
     return content
+
+
+def model_types(folder: Path) -> list[str]:
+    """The presets in a model's folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load_dataset_preset(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.convert import load_bert
+from lavis_lite.models.convert.bert import load_bert
 from lavis_lite.models.qformer import ImageKV, QFormer, QFormerConfig, QueryStates
 from lavis_lite.models.tokenizer import TextTokenizer, TextTokens
 from lavis_lite.models.vision.tower import build_vision_tower
@@ -24,11 +24,11 @@ class Blip2Base(BaseModel):
     Args:
         vision_encoder: `name` of a registered encoder and its keywords, `freeze`, `precision`, `pretrained`.
         qformer: the Q-Former's shape.
-        tokenizer: hub name, local folder, or `shapes`.
+        tokenizer: of texts the Q-Former reads: hub name, local folder, or `shapes`; None builds it without a text side.
         max_txt_len: texts are cut to so many tokens, [CLS] and [SEP] included.
+        language_head: whether the Q-Former predicts text.
     """
 
-    presets: ClassVar[str] = "blip2"
     optional_keys: ClassVar[tuple[str, ...]] = (r"^visual_encoder\.",)
 
     def __init__(
@@ -36,18 +36,33 @@ class Blip2Base(BaseModel):
         *,
         vision_encoder: Mapping[str, Any],
         qformer: QFormerConfig,
-        tokenizer: str,
+        tokenizer: str | None,
         max_txt_len: int,
+        language_head: bool = True,
     ) -> None:
         super().__init__()
-        self.tokenizer = TextTokenizer(tokenizer)
+        self._tokenizer = TextTokenizer(tokenizer) if tokenizer is not None else None
         self.max_txt_len = max_txt_len
         self.visual_encoder = build_vision_tower(vision_encoder, where="model.vision_encoder")
         image_width = self.visual_encoder.num_features
         self.ln_vision = nn.LayerNorm(image_width)
-        self.Qformer = QFormer(qformer, vocab_size=len(self.tokenizer), image_width=image_width)
+        self.Qformer = QFormer(
+            qformer,
+            vocab_size=len(self._tokenizer) if self._tokenizer is not None else None,
+            image_width=image_width,
+            language_head=language_head,
+        )
         queries = torch.empty(1, qformer.num_query_token, qformer.hidden_size)
         self.query_tokens = nn.Parameter(queries.normal_(std=0.02))
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of texts that the Q-Former reads; RuntimeError in a model whose Q-Former reads none."""
+        if self._tokenizer is None:
+            raise RuntimeError(
+                f"the Q-Former of this {type(self).__name__} reads no text: it has no tokenizer"
+            )
+        return self._tokenizer
 
     def load_backbones(self) -> None:
         """Load the encoder's pretrained weights and BERT, where the config asked for them."""
@@ -55,6 +70,11 @@ class Blip2Base(BaseModel):
         source = self.Qformer.config.pretrained
         if source:
             load_bert(self.Qformer, source)
+
+    def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """All tensors, the encoder's position embeddings interpolated where they are for other image sizes."""
+        kept, optional = super().select_weights(tensors)
+        return self.visual_encoder.fit_positions(kept, prefix="visual_encoder."), optional
 
     def lr_scale(self, name: str, decay: float) -> float:
         """Layer-wise decay applies to the image encoder only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
-from lavis_lite.models.decoding import DecodingRules, beam_search, sample
+from lavis_lite.models.decoding import DecodingRules, Search, decode
 from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates
 from lavis_lite.models.qformer_decoder import QFormerDecoder
 from lavis_lite.models.tokenizer import TextTokens
@@ -79,6 +79,8 @@ class Blip2QFormer(Blip2Base):
             gathered, as LAVIS does even on one process, where it halves the gradient.
         num_hard_negatives: K images per text and K texts per image in ITM.
     """
+
+    presets: ClassVar[str] = "blip2"
 
     def __init__(
         self,
@@ -356,15 +358,10 @@ class Blip2QFormer(Blip2Base):
             length_penalty=length_penalty,
             forbidden_ids=(tokenizer.pad_id, tokenizer.cls_id, tokenizer.dec_id),
         )
-        rows = num_captions if use_nucleus_sampling else num_beams
-        decoder = QFormerDecoder(self.Qformer, queries, rows_per_image=rows)
+        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        decoder = QFormerDecoder(self.Qformer, queries, rows_per_image=search.rows)
         start = torch.full((len(image),), tokenizer.dec_id, device=self.device)
-        if use_nucleus_sampling:
-            said = sample(decoder, start.repeat_interleave(rows), rules, greedy=False)
-        elif num_beams == 1 and num_captions == 1:
-            said = sample(decoder, start, rules, greedy=True)
-        else:
-            said = beam_search(decoder, start, rules, num_beams=num_beams, keep=num_captions).flatten(0, 1)
+        said = decode(decoder, start, rules, search).ids.flatten(0, 1)
         return [tokenizer.decode(row) for row in said.tolist()]
 
 

@@ -19,12 +19,27 @@ class Decoder(Protocol):
     """Something that says what may come next."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Take the next token int64[R] of every row; return the logits [R, V] of the one after."""
+        """Take the next token int64[R] of every row; return the logits [R, V] of the one after.
+
+        The first call's tokens begin the text, for a decoder that hasn't read its beginning already.
+        """
         ...
 
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from where row `rows[r]` of the same input was."""
         ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was said.
+
+    ids: int64[B, K, L], the end token at and after the end; best first. scores: float[B, K]: of beams
+    log-probability / length ** length_penalty, otherwise log-probability / length, the end counted.
+    """
+
+    ids: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,39 @@ class DecodingRules:
         return (logits / self.temperature).log_softmax(-1)
 
 
-def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: bool) -> Tensor:
+@dataclass(frozen=True)
+class Search:
+    """How many texts are sought for an input, and how: `keep` by nucleus sampling, or the best of `num_beams`."""
+
+    num_beams: int = 1
+    keep: int = 1
+    nucleus: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that a decoder needs for each input."""
+        return self.keep if self.nucleus else self.num_beams
+
+
+def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search) -> Decoded:
+    """Continuations of every input: drawn from the nucleus, by beam search, or the likeliest token each time.
+
+    Args:
+        start: int64[B]. The decoder has B * search.rows rows.
+
+    Raises ValueError when more texts are sought than there are beams.
+    """
+    if search.nucleus:
+        decoded = sample(decoder, start.repeat_interleave(search.keep), rules, greedy=False)
+    elif search.num_beams == 1 and search.keep == 1:
+        decoded = sample(decoder, start, rules, greedy=True)
+    else:
+        return beam_search(decoder, start, rules, num_beams=search.num_beams, keep=search.keep)
+    shape = (len(start), search.keep)
+    return Decoded(decoded.ids.reshape(*shape, -1), decoded.scores.reshape(shape))
+
+
+def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: bool) -> Decoded:
     """One continuation per row: the likeliest token each time, or a draw from the nucleus.
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al.,
@@ -79,19 +126,22 @@ def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: boo
     Args:
         start: int64[R].
 
-    Returns: int64[R, L], the end token at and after the end.
+    Returns: one continuation (K = 1) for each of the R rows.
     """
     ids, said = start, start.new_empty(start.shape[0], 0)
     ended = torch.zeros_like(start, dtype=torch.bool)
+    total, length = torch.zeros(start.shape, device=start.device), torch.zeros_like(start)
     for _ in range(rules.max_length):
         log_probs = rules.log_probs(decoder.step(ids), said)
         ids = log_probs.argmax(-1) if greedy else _draw_from_nucleus(log_probs.exp(), rules.top_p)
         ids = ids.masked_fill(ended, rules.end_id)
+        total = total + log_probs.gather(1, ids[:, None]).squeeze(1).masked_fill(ended, 0.0)
+        length = length + (~ended).long()
         said = torch.cat([said, ids[:, None]], 1)
         ended = ended | (ids == rules.end_id)
         if bool(ended.all()):
             break
-    return said
+    return Decoded(said[:, None], (total / length)[:, None])
 
 
 def _draw_from_nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -103,16 +153,15 @@ def _draw_from_nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 def beam_search(
     decoder: Decoder, start: Tensor, rules: DecodingRules, *, num_beams: int, keep: int = 1
-) -> Tensor:
+) -> Decoded:
     """The `keep` best continuations of every input by beam search.
 
-    A beam that ends is set aside with its score; an input is finished when no running beam can still overtake
-    the `num_beams` best that ended.
+    A beam that ends is set aside with its score; an input is finished when `num_beams` have ended and the best running
+    one, were it to end as it stands, would not be among them (what transformers does unless told otherwise, and
+    published scores rest on; with a length penalty above 0 a longer text might still have overtaken them).
 
     Args:
         start: int64[B]. The decoder has B * num_beams rows, those of an input together.
-
-    Returns: int64[B, keep, L], the end token after the end; best first.
     """
     if not 1 <= keep <= num_beams:
         raise ValueError(f"{keep} captions asked of {num_beams} beams")
@@ -143,10 +192,7 @@ def beam_search(
 
         scores, place = best.masked_fill(is_end, NEVER).topk(num_beams, dim=1)
         said = longer.gather(1, place[..., None].expand(-1, -1, rules.max_length))
-        # With a length penalty above 0 a longer text divides its (negative) score by more: bound by the
-        # longest.
-        bound_length = rules.max_length if rules.length_penalty > 0 else length
-        reachable = scores[:, 0] / bound_length**rules.length_penalty
+        reachable = scores[:, 0] / length**rules.length_penalty
         done = done | (ended_scores[:, -1] >= reachable)
         if bool(done.all()) or length == rules.max_length:
             break
@@ -155,8 +201,8 @@ def beam_search(
         ids = said[:, :, length - 1].flatten()
     # What was still running at the limit counts as it stands.
     running = (scores / length**rules.length_penalty).masked_fill(done[:, None], NEVER)
-    _, ended_said = _best_of(ended_scores, ended_said, running, said)
-    return ended_said[:, :keep, :length]
+    ended_scores, ended_said = _best_of(ended_scores, ended_said, running, said)
+    return Decoded(ended_said[:, :keep, :length], ended_scores[:, :keep])
 
 
 def _best_of(scores: Tensor, said: Tensor, more_scores: Tensor, more_said: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class ImageKV:
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> ImageKV:
         """The chosen images, in that order, repeated where an index is."""
-        return ImageKV(tuple(kv and (kv[0][rows], kv[1][rows]) for kv in self.layers))
+        return ImageKV(tuple(kv and (_take(kv[0], rows), _take(kv[1], rows)) for kv in self.layers))
 
     @staticmethod
     def cat(parts: Sequence[ImageKV]) -> ImageKV:
@@ -109,6 +109,14 @@ class QueryStates:
 
     output: Tensor
     keys_values: tuple[KeysValues, ...]
+
+
+def _take(x: Tensor, rows: Tensor | slice | Sequence[int]) -> Tensor:
+    # The gradient of [] sums repeated rows in a fixed order on every device, but takes 2.7 times as long on a CPU,
+    # where that of index_select has a fixed order too.
+    if isinstance(rows, Tensor) and x.device.type == "cpu":
+        return x.index_select(0, rows)
+    return x[rows]
 
 
 class RealTokens:
@@ -143,10 +151,11 @@ class RealTokens:
 class TextEmbeddings(nn.Module):
     """BERT's embeddings; word and position tables are for text only, the LayerNorm is for queries as well."""
 
-    def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
+    def __init__(self, config: QFormerConfig, vocab_size: int | None) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if vocab_size is not None:
+            self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=EPS)
         self.dropout = config.dropout
 
@@ -176,9 +185,23 @@ class LanguageModelHead(nn.Module):
 
 
 class QFormer(nn.Module):
-    """The Querying Transformer: queries [Q, D], images [B, P, C] and texts in, states of width D out."""
+    """The Querying Transformer: queries [Q, D], images [B, P, C] and texts in, states of width D out.
 
-    def __init__(self, config: QFormerConfig, *, vocab_size: int, image_width: int) -> None:
+    Args:
+        vocab_size: V; None builds it without what only text needs (embedding tables, text FFNs, prediction head):
+            107M instead of 188M parameters at full size.
+        image_width: C.
+        language_head: build the head that predicts text, which only ITG needs.
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        *,
+        vocab_size: int | None,
+        image_width: int,
+        language_head: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         layers = nn.ModuleList(
@@ -188,12 +211,14 @@ class QFormer(nn.Module):
                 intermediate_size=config.intermediate_size,
                 image_width=image_width if index % config.cross_attention_freq == 0 else None,
                 dropout=config.dropout,
+                text=vocab_size is not None,
             )
             for index in range(config.num_layers)
         )
         encoder = nn.ModuleDict({"layer": layers})
         self.bert = nn.ModuleDict({"embeddings": TextEmbeddings(config, vocab_size), "encoder": encoder})
-        self.cls = nn.ModuleDict({"predictions": LanguageModelHead(config.hidden_size, vocab_size)})
+        if vocab_size is not None and language_head:
+            self.cls = nn.ModuleDict({"predictions": LanguageModelHead(config.hidden_size, vocab_size)})
         self.apply(init_bert_weights)
 
     @property

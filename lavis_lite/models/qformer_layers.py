@@ -76,18 +76,21 @@ class QFormerLayer(nn.Module):
         intermediate_size: int,
         image_width: int | None,
         dropout: float,
+        text: bool = True,
     ) -> None:
         super().__init__()
         self.attention = Attention(width, width, num_heads, dropout)
         # Set only where the block looks at the image: every `cross_attention_freq`-th one.
         self.crossattention = Attention(width, image_width, num_heads, dropout) if image_width else None
-        self.intermediate = Intermediate(width, intermediate_size)
-        self.output = AddNorm(intermediate_size, width, dropout)
+        # Without a text side (stage 2) text's own network isn't built at all.
+        self.intermediate = Intermediate(width, intermediate_size) if text else None
+        self.output = AddNorm(intermediate_size, width, dropout) if text else None
         self.intermediate_query = Intermediate(width, intermediate_size)
         self.output_query = AddNorm(intermediate_size, width, dropout)
 
     def finish_text(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """What follows self-attention for text: both [N, D] -> [N, D]."""
+        assert self.intermediate is not None and self.output is not None, "built without a text side"
         hidden = self.attention.output(attended, hidden)
         return self.output(self.intermediate(hidden), hidden)
 

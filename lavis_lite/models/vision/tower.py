@@ -21,7 +21,7 @@ CONTRACT = (
     "an encoder is an nn.Module from images [B, 3, H, W] to features [B, P, D], D = its int `num_features`"
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TowerConfig:
 
     name: a registered encoder.
     freeze: don't train it.
-    precision: of a frozen encoder: fp32, bf16 or fp16.
+    precision: of a frozen encoder: fp32, bf16 or fp16, or auto: float32 weights, and the arithmetic of what surrounds
+        it (run.precision).
     pretrained: true loads the encoder's usual weights, a path loads a file.
     grad_checkpointing: recompute activations of a trained encoder in the backward pass; without effect on a
         frozen one, which keeps none.
@@ -50,7 +51,8 @@ class VisionTower(nn.Module):
     """An encoder as models use it: images float[B, 3, H, W] -> features float32[B, P, D].
 
     Frozen: no gradients and no graph, in eval mode whatever `train()` says, and computed in `precision`
-    whatever autocast surrounds it. Trained: float32 weights, the surrounding autocast decides the arithmetic.
+    whatever autocast surrounds it, unless that is `auto`. Trained: float32 weights, the surrounding autocast
+    decides the arithmetic.
 
     Low precision means low-precision weights of linear and convolution layers under autocast; norms,
     embeddings and the residual stream stay float32.
@@ -81,12 +83,13 @@ class VisionTower(nn.Module):
         self.name = name
         self.encoder: Any = encoder
         self.freeze = freeze
-        self.dtype = DTYPES[precision]
+        self.dtype = DTYPES.get(precision)  # None: that of the surrounding autocast
         self.pretrained = pretrained
         self.num_features: int = encoder.num_features
         if freeze:
             encoder.requires_grad_(False)
-            _lower_precision(encoder, self.dtype)
+            if self.dtype is not None:
+                _lower_precision(encoder, self.dtype)
             self.eval()
         elif grad_checkpointing:
             encoder.set_grad_checkpointing(True)
@@ -111,6 +114,16 @@ class VisionTower(nn.Module):
         if self.pretrained:
             self.encoder.load_pretrained(self.pretrained)
 
+    def fit_positions(self, tensors: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+        """Tensors of a checkpoint whose position embeddings fit the encoder's image size, if it can interpolate.
+
+        prefix: of this tower's names among them.
+        """
+        fit = getattr(self.encoder, "fit_positions", None)
+        prefix += "encoder."
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        return tensors if fit is None else {**tensors, **{prefix + k: x for k, x in fit(own).items()}}
+
     def lr_scale(self, name: str, decay: float) -> float:
         """The factor on the learning rate of parameter `name` of this tower under layer-wise decay.
 
@@ -123,7 +136,9 @@ class VisionTower(nn.Module):
         return float(decay ** (self.encoder.num_layers + 1 - layer))
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
-        if device_type == "meta":  # has no autocast, and no values to be precise about
+        if (
+            self.dtype is None or device_type == "meta"
+        ):  # which has no autocast, and no values to be precise about
             return contextlib.nullcontext()
         low = self.dtype is not torch.float32
         return torch.autocast(device_type, dtype=self.dtype if low else None, enabled=low)
@@ -185,7 +200,7 @@ def _check_signature(build: Callable[..., nn.Module], name: str, where: str) -> 
 
 
 def _check_precision(freeze: bool, precision: str, where: str) -> None:
-    if not freeze and precision != "fp32":
+    if not freeze and precision not in ("fp32", "auto"):
         raise ConfigError(
             f"{where}.precision: {precision} is for a frozen encoder; a trained one keeps fp32 weights "
             "(set precision: fp32; run.precision chooses the arithmetic)"

@@ -1,0 +1,1 @@
+"""Frozen language models behind one interface: decoder-only and encoder-decoder, on transformers."""
