@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -266,3 +269,15 @@ def test_closing_the_stream_ends_its_workers() -> None:
     assert len(multiprocessing.active_children()) == 2
     batches.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_program_ends_though_it_never_closed_its_stream() -> None:
+    script = (
+        "from data_helpers import NumberDataset\n"
+        "from lavis_lite.datasets.loader import TrainLoader\n"
+        "batches = TrainLoader([NumberDataset(50)], batch_size=4, num_workers=1).batches()\n"
+        "next(batches)\n"
+    )
+    root = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root.parent)])}
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=True)

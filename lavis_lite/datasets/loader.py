@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,8 +200,15 @@ class TrainLoader:
     def batches(self, start_batch: int = 0) -> Iterator[dict[str, Any]]:
         """This rank's part of every global batch from number `start_batch` on, endlessly.
 
-        Raises DataError when too many rows can't be read. Closing the iterator ends its workers.
+        Raises DataError when too many rows can't be read. Closing the iterator ends its workers, and so does the
+        end of the program.
         """
+        stream = self._stream(start_batch)
+        # At the exit multiprocessing waits for workers, which here end when they are told to and not by SIGTERM.
+        atexit.register(_close, weakref.ref(stream))
+        return stream
+
+    def _stream(self, start_batch: int) -> Generator[dict[str, Any], None, None]:
         fetched = iter(DataLoader(self._reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
         while True:
             start = time.perf_counter()
@@ -282,6 +291,12 @@ def eval_loader(
         world_size=world_size,
         max_bad_fraction=max_bad_fraction,
     )
+
+
+def _close(stream: weakref.ref[Generator[Any, None, None]]) -> None:
+    generator = stream()
+    if generator is not None:
+        generator.close()
 
 
 class _Stream(Iterable[Task]):
