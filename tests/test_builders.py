@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_every_preset_is_valid_and_has_a_card() -> None:
         "cc12m",
         "sbu",
         "laion",
+        "nocaps",
     }
     assert expected <= set(names) and len(names) >= len(expected)
     for name in names:
@@ -85,8 +87,6 @@ def test_a_preset_without_its_files_says_what_where_and_how(name: str, cache: Pa
 
 
 def test_presets_read_the_layout_their_cards_show(tmp_path: Path, cache: Path) -> None:
-    import json
-
     def image(number: int, split: str) -> dict[str, Any]:
         save_picture(cache / "coco_caption" / "images" / "val2014" / f"{number}.jpg", number)
         return {
@@ -112,6 +112,24 @@ def test_presets_read_the_layout_their_cards_show(tmp_path: Path, cache: Path) -
     lists = {"root": str(tmp_path), "train": other, "val": None, "test": None}
     assert len(build_dataset_from_preset("coco_caption", lists)["train"]) == 2
     assert len(build_dataset_from_preset("cc3m")["train"]) == 3
+
+
+def test_nocaps_reads_the_official_file_with_each_pictures_domain(cache: Path) -> None:
+    domains = ["in-domain", "near-domain", "out-domain"]
+    images = []
+    for number, domain in enumerate(domains):
+        save_picture(cache / "nocaps" / "val" / f"{number:016x}.jpg", number)
+        images.append(
+            {"id": number, "file_name": f"{number:016x}.jpg", "domain": domain, "coco_url": "http://x"}
+        )
+    annotations = [{"image_id": n % 3, "id": n, "caption": f"Caption {n}."} for n in range(6)]
+    content = {"licenses": [], "info": {}, "images": images, "annotations": annotations}
+    (cache / "nocaps" / "nocaps_val_4500_captions.json").write_text(json.dumps(content), encoding="utf-8")
+    built = build_dataset_from_preset("nocaps")
+    assert list(built) == ["val"]
+    records = [built["val"].record(row) for row in range(3)]  # type: ignore[attr-defined]
+    assert [record.group for record in records] == domains
+    assert records[1].captions == ["Caption 1.", "Caption 4."] and records[1].image_id == 1
 
 
 # --- paths --------------------------------------------------------------------------------------------------

@@ -92,9 +92,36 @@ def test_coco_is_grouped_by_picture_in_the_order_of_images(tmp_path: Path) -> No
     }
     found = table(write(tmp_path / "captions.json", content))
     assert [tuple(record) for record in found] == [
-        ("9.jpg", ["nine"], 9, None),
-        ("4.jpg", ["four one", "four two"], 4, None),
+        ("9.jpg", ["nine"], 9, None, None),
+        ("4.jpg", ["four one", "four two"], 4, None, None),
     ]
+
+
+def test_a_group_is_read_from_the_declared_field_in_every_format(tmp_path: Path) -> None:
+    images = [
+        {"id": n, "file_name": f"{n}.jpg", "domain": domain} for n, domain in enumerate(["in", "out", ""])
+    ]
+    coco = {"images": images, "annotations": [{"image_id": n, "caption": "a"} for n in range(3)]}
+    entries = [{"filename": "a.jpg", "sentences": [{"raw": "a"}], "domain": 7}]
+    listed = [
+        {"image": "a.jpg", "caption": "one", "where": "in"},
+        {"image": "a.jpg", "caption": "", "where": "x"},
+    ]
+
+    def groups(content: Any, name: str, field: str | None) -> list[str | None]:
+        found = table(
+            write(tmp_path / f"{name}.json", content), fields=Fields(group=field), group_by_image=True
+        )
+        return [record.group for record in found]
+
+    assert groups(coco, "coco", "domain") == ["in", "out", None]
+    assert groups(coco, "ungrouped", None) == [None] * 3
+    assert groups({"images": entries}, "karpathy", "domain") == ["7"]
+    assert groups(listed, "listed", "where") == ["in"]
+    with pytest.raises(
+        DataError, match=r"no field 'domian' for the group.*did you mean 'domain'.*fields\.group"
+    ):
+        groups(coco, "mistyped", "domian")
 
 
 def test_karpathy_file_with_a_selected_split(tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ class ImageTextDataset:
         record, _ = self._record(index)
         return [self.text_processor(caption) for caption in record.captions]
 
+    def record(self, index: int) -> Record:
+        """A row as its annotation file has it: captions unprocessed, the number declared there, its group."""
+        return self._record(index)[0]
+
     def image(self, index: int) -> Image.Image:
         """The row's picture in RGB, unprocessed; raises UnreadableSample."""
         return read_image(self.image_path(index))

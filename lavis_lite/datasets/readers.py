@@ -10,7 +10,7 @@ import csv
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ Fielded = Iterator[tuple[Place, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: `problem` says why it can't be used, None when it can."""
+    """One row of a file: `problem` says why it can't be used, None when it can. group: see `Fields`."""
 
     image: str
     captions: list[str] = field(default_factory=list)
     image_id: Any = None
     problem: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class Fields:
 
     None tries the usual names: image, image_path, file_name, filename, filepath, path; caption, captions,
     text; image_id.
+
+    group: a field by whose values an evaluation reports scores separately (NoCaps's `domain`); in COCO's and
+    Karpathy's files one of a picture's entry. None: no groups.
     """
 
     image: str | None = None
     caption: str | None = None
     image_id: str | None = None
+    group: str | None = None
 
 
 def read_rows(
@@ -65,7 +70,7 @@ def read_rows(
     if kind == "json":
         content = _load_json(path, lines_too=format == "auto")
         if isinstance(content, dict):
-            return _annotated(path, content, select, where)
+            return _annotated(path, content, fields, select, where)
         if isinstance(content, list):
             return _mapped(path, _numbered(path, content), fields, select, where)
         return _mapped(path, _jsonl(path), fields, select, where)
@@ -73,7 +78,7 @@ def read_rows(
         content = _load_json(path, lines_too=False)
         if isinstance(content, list) and kind == "karpathy":
             return _mapped(path, _numbered(path, content), fields, select, where)
-        return _annotated(path, content, select, where)
+        return _annotated(path, content, fields, select, where)
     return _mapped(path, _STREAMS[kind](path), fields, select, where)
 
 
@@ -104,7 +109,8 @@ def _mapped(
             if name not in record:
                 raise DataError(_missing(path, place, role, name, record, where))
         number = record[names["image_id"]] if "image_id" in names else None
-        yield _row(path, place, record[names["image"]], record[names["caption"]], number)
+        row = _row(path, place, record[names["image"]], record[names["caption"]], number)
+        yield _grouped(row, path, place, record, fields, where)
 
 
 def _names(path: Path, record: Mapping[str, Any], fields: Fields, where: str) -> dict[str, str]:
@@ -169,6 +175,18 @@ def _row(path: Path, place: Place, image: Any, captions: Any, image_id: Any) -> 
     return Row(image, texts, image_id, None if texts else f"{path}, {place}: the caption is empty")
 
 
+def _grouped(
+    row: Row, path: Path, place: Place, record: Mapping[str, Any], fields: Fields, where: str
+) -> Row:
+    """The row with the group that the record is in, where a field for it is declared."""
+    if fields.group is None:
+        return row
+    if fields.group not in record:
+        raise DataError(_missing(path, place, "group", fields.group, record, where))
+    value = record[fields.group]
+    return row if value is None or value == "" else replace(row, group=str(value))
+
+
 # --- json ---------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +211,9 @@ def _numbered(path: Path, rows: list[Any]) -> Fielded:
         yield f"row {number}", row
 
 
-def _annotated(path: Path, content: Any, select: Mapping[str, list[str]], where: str) -> Iterator[Row]:
+def _annotated(
+    path: Path, content: Any, fields: Fields, select: Mapping[str, list[str]], where: str
+) -> Iterator[Row]:
     """COCO's captions (`images` and `annotations`), or Karpathy's files (`images` with `sentences`)."""
     images = content.get("images") if isinstance(content, dict) else None
     there = ", ".join(content) if isinstance(content, dict) else type(content).__name__
@@ -202,14 +222,19 @@ def _annotated(path: Path, content: Any, select: Mapping[str, list[str]], where:
             f"{path}: expected a list of rows, or COCO's 'images' and 'annotations'; got: {there}"
         )
     if "annotations" not in content:
-        return _karpathy(path, images, select, where)
+        return _karpathy(path, images, fields, select, where)
     if not isinstance(content["annotations"], list):
         raise DataError(f"{path}: 'annotations' must be a list")
-    return _coco(path, images, content["annotations"], select, where)
+    return _coco(path, images, content["annotations"], fields, select, where)
 
 
 def _coco(
-    path: Path, images: list[Any], annotations: list[Any], select: Mapping[str, list[str]], where: str
+    path: Path,
+    images: list[Any],
+    annotations: list[Any],
+    fields: Fields,
+    select: Mapping[str, list[str]],
+    where: str,
 ) -> Iterator[Row]:
     """One row for each picture that has captions, in the order of `images`."""
     captions: dict[Any, list[str]] = {}
@@ -222,14 +247,17 @@ def _coco(
         texts = captions.pop(_need(path, place, image, "id"), None)
         left_out += texts is None
         if texts is not None and _selected(path, place, image, select, where):
-            yield _row(path, place, _need(path, place, image, "file_name"), texts, image["id"])
+            row = _row(path, place, _need(path, place, image, "file_name"), texts, image["id"])
+            yield _grouped(row, path, place, image, fields, where)
     if left_out:
         logger.warning("%s: %d pictures have no caption and are left out", path, left_out)
     if captions:
         logger.warning("%s: %d image_ids of captions are not among its images", path, len(captions))
 
 
-def _karpathy(path: Path, images: list[Any], select: Mapping[str, list[str]], where: str) -> Iterator[Row]:
+def _karpathy(
+    path: Path, images: list[Any], fields: Fields, select: Mapping[str, list[str]], where: str
+) -> Iterator[Row]:
     """Files such as dataset_coco.json and dataset_flickr30k.json: captions within each picture's entry."""
     for place, image in _within("images", _numbered(path, images)):
         if not _selected(path, place, image, select, where):
@@ -239,7 +267,8 @@ def _karpathy(path: Path, images: list[Any], select: Mapping[str, list[str]], wh
         texts = [_need(path, place, sentence, "raw") for sentence in sentences]
         folder = image.get("filepath")
         number = image.get("cocoid", image.get("imgid"))
-        yield _row(path, place, f"{folder}/{name}" if folder else name, texts, number)
+        row = _row(path, place, f"{folder}/{name}" if folder else name, texts, number)
+        yield _grouped(row, path, place, image, fields, where)
 
 
 def _within(section: str, rows: Fielded) -> Fielded:

@@ -27,7 +27,7 @@ from lavis_lite.datasets.readers import Fields, Row
 logger = logging.getLogger(__name__)
 
 # Raised when the table's layout or the meaning of a format changes, so that old tables are not read.
-LAYOUT = 2
+LAYOUT = 3
 ROWS_PER_BATCH = 16384
 SCHEMA = pa.schema(
     [
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("image_id", pa.int64()),  # null where none is declared
         ("problem", pa.string()),  # null, or why the row can't be used
+        ("group", pa.string()),  # null, or what an evaluation reports separately
     ]
 )
 
@@ -46,6 +47,7 @@ class Record(NamedTuple):
     captions: list[str]
     image_id: int | None
     problem: str | None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class RecordTable:
         return len(self._columns[0])
 
     def __getitem__(self, index: int) -> Record:
-        image, captions, image_id, problem = (column[index].as_py() for column in self._columns)
-        return Record(image, captions or [], image_id, problem)
+        image, captions, image_id, problem, group = (column[index].as_py() for column in self._columns)
+        return Record(image, captions or [], image_id, problem, group)
 
     def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
         return RecordTable, (self.path,)
@@ -151,6 +153,7 @@ def _batch(rows: list[Row]) -> pa.RecordBatch:
         [row.captions for row in rows],
         [_number(row.image_id) for row in rows],
         [row.problem for row in rows],
+        [row.group for row in rows],
     ]
     arrays = [pa.array(column, type=kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
     return pa.record_batch(arrays, schema=SCHEMA)
