@@ -31,19 +31,25 @@ class Result:
     evaluation: Evaluation
 
 
-def evaluate_splits(base: Base, splits: Sequence[str], *, seed: int, final: bool) -> list[Result]:
+def evaluate_splits(
+    base: Base, splits: Sequence[str], *, seed: int, final: bool, folder: Path | None = None
+) -> list[Result]:
     """Evaluate the model on every dataset that has one of the splits; same results on every rank.
 
-    final: False in mid-training, where a task may leave out what takes long.
+    final: False in mid-training, where a task may leave out what takes long. folder: where tasks may leave
+    files, see `EvalArgs`.
     """
     results = []
     training = base.model.training
     for split in splits:
-        for name, dataset in _having(base.datasets, split).items():
+        having = _having(base.datasets, split)
+        for name, dataset in having.items():
             # Its own randomness: neither the training step before nor the order of splits changes a metric.
             torch.manual_seed(mix_seed(seed, "evaluation", split, name))
             began = time.monotonic()
-            evaluation = base.task.evaluate(base.model, dataset, loader_args=base.eval_args, final=final)
+            label = f"{split}_{name}" if len(having) > 1 else split
+            args = replace(base.eval_args, folder=folder, label=label)
+            evaluation = base.task.evaluate(base.model, dataset, loader_args=args, final=final)
             results.append(Result(split, name, evaluation))
             logger.info("evaluated %s of %s in %.1f s", split, name, time.monotonic() - began)
     base.model.train(training)

@@ -224,7 +224,9 @@ class Runner:
     def validate(self) -> None:
         """Evaluate the validation splits, log their metrics, and note a new best."""
         run, state = self.cfg.run, self.state
-        self.results = ev.evaluate_splits(self.parts, run.valid_splits, seed=run.seed, final=self.finished)
+        self.results = ev.evaluate_splits(
+            self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
+        )
         if not self.results:
             return
         known, state.evaluated_step = state.evaluated_step == state.step, state.step
@@ -340,10 +342,10 @@ class Runner:
         base, source = build_for_evaluation(self.cfg)
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
         logger.info("evaluating %s on %s", source, ", ".join(run.test_splits))
-        results = ev.evaluate_splits(base, run.test_splits, seed=run.seed, final=True)
+        folder = self.run_dir / "evaluation"
+        results = ev.evaluate_splits(base, run.test_splits, seed=run.seed, final=True, folder=folder)
         metrics = ev.named_metrics(results)
         if dist.is_main():
-            folder = self.run_dir / "evaluation"
             ev.write_metrics(folder / "metrics.json", source, metrics)
             files = {"metrics": folder / "metrics.json", "checkpoint": source}
             facts = RunFacts(folder, self._elapsed(), config=self.cfg.to_yaml(), files=files)

@@ -22,6 +22,9 @@ class EvalArgs:
 
     batch_size: images per process and step. precision: fp32, bf16 or fp16.
     max_bad_fraction: more unreadable images than this stop the evaluation.
+    folder: where a task may leave files, such as predictions; None for nowhere. It may not exist yet.
+    label: what tells the files of one evaluation from another's in that folder: the split, with the dataset
+    where several have it.
     """
 
     batch_size: int = 64
@@ -29,6 +32,8 @@ class EvalArgs:
     device: str | torch.device = "cpu"
     precision: str = "fp32"
     max_bad_fraction: float = 0.01
+    folder: Path | None = None
+    label: str = "split"
 
     def autocast(self) -> AbstractContextManager[None]:
         """The autocast context of the precision; does nothing for fp32."""
