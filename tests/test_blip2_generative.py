@@ -64,7 +64,7 @@ def test_training_reaches_the_qformer_and_leaves_the_frozen_parts(model: Blip2Ge
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("visual_encoder", "language_model"))

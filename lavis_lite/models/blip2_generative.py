@@ -6,7 +6,7 @@ B rows, Q queries, P image tokens, D Q-Former width, L language-model width, N s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -122,7 +122,7 @@ class Blip2Generative(Blip2Base):
         visual = self.visual_prompt(batch["image"])
         texts = batch["text_input"]
         if self.prompt:
-            prompts = [self.prompt] * len(texts)
+            prompts = self.language_model.wrapped([self.prompt]) * len(texts)
             losses = self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
         else:
             losses = self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
@@ -187,8 +187,7 @@ class Blip2Generative(Blip2Base):
     ) -> Generated:
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
         log-probability of a token otherwise."""
-        image = image_of(samples).to(self.device)
-        prompts = prompts_of(samples, batch=len(image), default=self.prompt)
+        prompts = prompts_of(samples, batch=len(image_of(samples)), default=self.prompt)
         limit = max_length if max_new_tokens is None else max_new_tokens
         rules = DecodingRules(
             end_id=self.language_model.end_id,
@@ -200,8 +199,42 @@ class Blip2Generative(Blip2Base):
             length_penalty=length_penalty,
         )
         search = Search(num_beams, num_captions, use_nucleus_sampling)
-        decoder = self.language_model.decoder(self.visual_prompt(image), prompts, rows_per_input=search.rows)
-        start = torch.zeros(len(image), dtype=torch.long, device=self.device)  # the prompt is read already
+        return self._continue(samples, self.language_model.wrapped(prompts), rules, search)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        image: Tensor,
+        history: Sequence[tuple[str, str]],
+        message: str,
+        *,
+        num_beams: int = 5,
+        max_new_tokens: int = 50,
+        length_penalty: float = 1.0,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Instructed generation in turns (section 4.1, figure 4): the answer to a message about one image.
+
+        Args:
+            image: [3, H, W] or [1, 3, H, W], processed.
+            history: earlier (message, answer) pairs; each call returns the one to go on with.
+
+        Returns: the answer, and the history with it.
+        """
+        rules = DecodingRules(
+            end_id=self.language_model.end_id, max_length=max_new_tokens, length_penalty=length_penalty
+        )
+        samples = {"image": image if image.dim() == 4 else image[None]}
+        prompt = self.language_model.conversation(history, message)
+        answer = self._continue(samples, [prompt], rules, Search(num_beams)).texts[0]
+        return answer, [*history, (message, answer)]
+
+    def _continue(
+        self, samples: Mapping[str, Any], prompts: Sequence[str], rules: DecodingRules, search: Search
+    ) -> Generated:
+        """What the language model says after the images' visual prompts and these texts."""
+        visual = self.visual_prompt(image_of(samples).to(self.device))
+        decoder = self.language_model.decoder(visual, prompts, rows_per_input=search.rows)
+        start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
         decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
         return Generated(texts, decoded.scores.flatten())

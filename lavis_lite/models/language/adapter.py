@@ -7,7 +7,7 @@ samples), V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -141,14 +141,23 @@ class LanguageModel(nn.Module, ABC):
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def wrapped(self, prompts: Sequence[str]) -> list[str]:
-        """Prompts in the model's chat format, where `chat_template` is set."""
+        """Prompts in the chat format, where `chat_template` is set; all other methods take them as they are."""
+        return [self.conversation([], prompt) if self.config.chat_template else prompt for prompt in prompts]
+
+    def conversation(self, history: Sequence[tuple[str, str]], message: str) -> str:
+        """The prompt that asks for the answer to `message` after earlier (message, answer) turns.
+
+        In the model's chat format where `chat_template` is set; else as BLIP-2 is prompted (figure 4):
+        "Question: ... Answer: ... Question: ... Answer:".
+        """
         if not self.config.chat_template:
-            return list(prompts)
-        render: Callable[..., str] = self.tokenizer.apply_chat_template
-        return [
-            render([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-            for prompt in prompts
-        ]
+            turns = [f"Question: {asked} Answer: {answered}." for asked, answered in history]
+            return " ".join([*turns, f"Question: {message} Answer:"])
+        messages = []
+        for asked, answered in history:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": message})
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def pad(rows: Sequence[Sequence[int]], *, value: int, left: bool = False, device: torch.device) -> Tensor:

@@ -35,8 +35,7 @@ class DecoderOnlyLM(LanguageModel):
     ) -> Tensor:
         """See `LanguageModel`."""
         rows = [
-            self._split(prompt, target, max_length)
-            for prompt, target in zip(self.wrapped(prompts), targets, strict=True)
+            self._split(prompt, target, max_length) for prompt, target in zip(prompts, targets, strict=True)
         ]
         device, num_visual = visual.device, visual.shape[1]
         # The last token predicts nothing, so it is no input.
@@ -56,7 +55,7 @@ class DecoderOnlyLM(LanguageModel):
 
     def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> CausalDecoder:
         """See `LanguageModel`."""
-        texts = [self._ids(prompt) for prompt in self.wrapped(prompts)]
+        texts = [self._ids(prompt) for prompt in prompts]
         rows = [
             torch.cat(
                 [own.to(self.dtype), self.embed(torch.tensor(text, dtype=torch.long, device=own.device))]

@@ -38,12 +38,12 @@ class EncoderDecoderLM(LanguageModel):
         self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], *, max_length: int
     ) -> Tensor:
         """See `LanguageModel`."""
-        prefixes = [[*self._ids(text, max_length), *self._ending] for text in self.wrapped(prompts)]
+        prefixes = [[*self._ids(text, max_length), *self._ending] for text in prompts]
         return self._losses(visual, prefixes, [self._ids(target, max_length) for target in targets])
 
     def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Seq2SeqDecoder:
         """See `LanguageModel`."""
-        prefixes = [[*self._ids(text, None), *self._ending] for text in self.wrapped(prompts)]
+        prefixes = [[*self._ids(text, None), *self._ending] for text in prompts]
         inputs, mask = self._encoder_inputs(visual, prefixes)
         return Seq2SeqDecoder(self.model, inputs, mask, rows_per_input=rows_per_input)
 

@@ -1,0 +1,82 @@
+"""Every configuration in the repository: valid, buildable in shape, and with the paper's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavis_lite.common.config import PRESETS, load_config, load_model_preset
+from lavis_lite.common.registry import registry
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROJECTS = sorted(path for path in (REPOSITORY / "projects").rglob("*.yaml") if not path.name.startswith("_"))
+MODELS = sorted(path for path in (PRESETS / "models").rglob("*.yaml") if not path.name.startswith("_"))
+PAPER = REPOSITORY / "projects/blip2/paper"
+
+# method.md section 4: global batch over 16 GPUs, peak and lowest rate, warm-up, betas, layer-wise decay, pixels.
+STAGE1 = {"vitg": 1680, "vitl": 2320}
+STAGE2 = {"opt": 1920, "t5": 1520}
+CAPTION_DECAY = {"opt2.7b": 1.0, "opt6.7b": 0.95, "flant5xl": 1.0}
+GPUS = 16
+
+
+def test_none_is_overlooked() -> None:
+    assert len(PROJECTS) >= 18 and len(MODELS) >= 15
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
+def test_every_project_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    options = []
+    if path.stem == "own_images":
+        options = ["datasets.custom.train.annotations=captions.jsonl", "datasets.custom.train.images=photos"]
+    load_config(path, options)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_model_can_be_built_in_shape(path: Path) -> None:
+    preset = load_model_preset({"arch": path.parent.name, "model_type": path.stem})
+    model_class = registry.get_model_class(path.parent.name)
+    section = {**preset["model"], "arch": path.parent.name}
+    model_class.validate_config(section)
+    if section.get("tokenizer") == "bert-base-uncased":
+        section["tokenizer"] = "shapes"  # its files are not here; the vocabulary's size is all it changes
+    with torch.device("meta"):
+        model = model_class.from_config(section)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) > 0
+
+
+@pytest.mark.parametrize("vit", STAGE1)
+def test_stage_1_has_the_papers_numbers(vit: str) -> None:
+    run = load_config(PAPER / f"pretrain_stage1_{vit}.yaml").run
+    assert run.batch_size_train * GPUS == STAGE1[vit]
+    assert (run.max_steps, run.init_lr, run.warmup_steps) == (250_000, 1e-4, 2000)
+    assert (run.betas, run.weight_decay) == ((0.9, 0.98), 0.05)
+
+
+@pytest.mark.parametrize("vit", STAGE1)
+@pytest.mark.parametrize("llm", ["opt2.7b", "opt6.7b", "flant5xl", "flant5xxl"])
+def test_stage_2_has_the_papers_numbers(vit: str, llm: str) -> None:
+    config = load_config(PAPER / f"pretrain_stage2_{vit}_{llm}.yaml")
+    run, family = config.run, "opt" if llm.startswith("opt") else "t5"
+    assert run.batch_size_train * GPUS == STAGE2[family]
+    assert (run.max_steps, run.init_lr, run.min_lr, run.warmup_steps) == (80_000, 1e-4, 5e-5, 2000)
+    assert (run.betas, run.weight_decay) == ((0.9, 0.98), 0.05)
+    encoder, language_model = config.model["vision_encoder"], config.model["language_model"]
+    assert encoder["name"] == {"vitg": "eva_clip_g", "vitl": "clip_L"}[vit]
+    assert encoder["freeze"] and encoder["precision"] == "fp16" and encoder["image_size"] == 224
+    assert language_model["precision"] == {"opt": "fp16", "t5": "bf16"}[family]
+
+
+@pytest.mark.parametrize("llm", CAPTION_DECAY)
+def test_caption_fine_tuning_has_the_papers_numbers(llm: str) -> None:
+    config = load_config(PAPER / f"caption_coco_{llm}.yaml")
+    run = config.run
+    assert run.batch_size_train * GPUS == 256 and run.max_epochs == 5
+    assert (run.init_lr, run.warmup_steps, run.betas) == (1e-5, 1000, (0.9, 0.999))
+    assert run.lr_layer_decay == CAPTION_DECAY[llm]
+    encoder = config.model["vision_encoder"]
+    assert not encoder["freeze"] and encoder["precision"] == "fp32" and encoder["image_size"] == 364
+    assert config.model["prompt"] == config.task["prompt"] == "a photo of"
