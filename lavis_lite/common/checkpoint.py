@@ -16,18 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.common.io import atomic_dir, remove_leftovers
+from lavis_lite.common.tensor_reader import ALIAS, open_tensors
 
 FOLDER = "checkpoints"
+# What other projects call the weights of a folder, beside our own name for them.
+FOREIGN = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _STEP = re.compile(r"step_(\d+)")
-_ALIAS = "alias:"
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -54,7 +55,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensor.detach()
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in owners:
-            aliases[_ALIAS + name] = owners[place]
+            aliases[ALIAS + name] = owners[place]
             continue
         owners[place] = name
         stored[name] = tensor
@@ -67,41 +68,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors on the CPU from a .safetensors file, or from a foreign .pth/.pt/.bin by `weights_only`.
-
-    A foreign file's tensors may lie below "model" or "state_dict".
+    """All named tensors, on the CPU, of a file that `tensor_reader.open_tensors` understands.
 
     Raises CheckpointError when the file is absent, not readable, or holds something other than tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no weights file at '{path}'")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many kinds for files that are none of its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"'{path}' can't be read as weights only: {first}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"'{path}' holds no mapping of names to tensors")
-    return dict(content)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' is not a complete safetensors file: {error}") from error
-    for key, owner in metadata.items():
-        if key.startswith(_ALIAS):
-            tensors[key.removeprefix(_ALIAS)] = tensors[owner]
-    return tensors
+    return dict(open_tensors(path))
 
 
 def save_checkpoint(
@@ -183,6 +154,8 @@ def best_or_newest(run_dir: str | Path) -> Path | None:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The weights file meant by a run's folder (its best, else its newest), a checkpoint's folder, or a file.
 
+    Of a model in several files it is their index.json.
+
     Raises CheckpointError naming what was looked for.
     """
     path = Path(path).expanduser()
@@ -192,8 +165,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             f"no checkpoint at '{path}' (a run's folder, a checkpoint's, or a weights file)"
         )
-    if (path / MODEL).is_file():
-        return path / MODEL
+    for name in (MODEL, *FOREIGN):
+        if (path / name).is_file():
+            return path / name
     found = best_or_newest(path)
     if found is None:
         raise CheckpointError(f"'{path}' holds neither {MODEL} nor a complete checkpoint in {FOLDER}/")

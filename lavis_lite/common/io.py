@@ -50,21 +50,31 @@ def _sync_all(paths: list[Path]) -> None:
         _sync(path)
 
 
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a file so that readers, and a crash at any moment, see the old or the new content only.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file's path; the file written there becomes `path` when the block ends without error.
 
-    Text is written as UTF-8. Raises OSError, with the old file intact, when the disk is full.
+    Readers, and a crash at any moment, see the old or the new content only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield temporary
         _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Write a file so that readers, and a crash at any moment, see the old or the new content only.
+
+    Text is written as UTF-8. Raises OSError, with the old file intact, when the disk is full.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
