@@ -36,7 +36,7 @@ from lavis_lite.common.device import autocast
 from lavis_lite.common.registry import registry
 from lavis_lite.models import losses
 from lavis_lite.models.blip2_qformer import Blip2QFormer
-from lavis_lite.models.convert import hf_blip2_to_lavis_lite
+from lavis_lite.models.convert.formats import our_names
 from lavis_lite.models.tokenizer import TextTokens
 
 IMAGE_TOKENS, IMAGE_WIDTH, VOCABULARY, MAX_TEXT, QUERIES = 257, 1408, 30522, 32, 32
@@ -163,12 +163,9 @@ def make_ours(folder: Path) -> Blip2QFormer:
 def copy_weights(plain: Plain, ours: Blip2QFormer) -> None:
     """Ours becomes the plain model; whatever is not copied is named."""
     head = plain.head.predictions
+    theirs = {k: v for k, v in plain.hf.state_dict().items() if not k.startswith("vision_model.embeddings.")}
     state = {
-        **{
-            k: v
-            for k, v in hf_blip2_to_lavis_lite(plain.hf.state_dict()).items()
-            if not k.startswith("ln_vision.")
-        },
+        **{k: v for k, v in our_names(theirs).items() if not k.startswith("ln_vision.")},
         "Qformer.cls.predictions.bias": head.bias,
         **{f"Qformer.cls.predictions.transform.{k}": v for k, v in head.transform.state_dict().items()},
     }

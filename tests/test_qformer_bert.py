@@ -9,7 +9,7 @@ import torch
 from stage1_helpers import enlarge_weights
 
 from lavis_lite.common.errors import CheckpointError
-from lavis_lite.models.convert import load_bert
+from lavis_lite.models.convert.bert import load_bert
 from lavis_lite.models.qformer import QFormer, QFormerConfig
 from lavis_lite.models.tokenizer import TextTokens
 

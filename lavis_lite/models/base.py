@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,19 +11,20 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.checkpoint import load_tensors, resolve_checkpoint
+from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.models.convert.formats import open_checkpoint
+from lavis_lite.models.strict import load_strictly
 
 # Keys of a model section that choose what to build or load; all others are keywords of the class.
 SECTION_KEYS = ("arch", "model_type", "pretrained")
-SHOWN_KEYS = 5
 
 
 class BaseModel(nn.Module):
     """A registered model; its keyword arguments are the schema of the config's `model` section.
 
-    presets: its folder of presets below lavis_lite/configs/models/.
+    presets: its folder of presets below lavis_lite/configs/models/; by default that of its registered name.
     optional_keys: regular expressions of keys that a checkpoint may lack, such as those of frozen backbones.
     """
 
@@ -46,13 +46,29 @@ class BaseModel(nn.Module):
         """Load the pretrained parts that the config asked for; strict."""
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Load weights from a run's folder, a checkpoint's folder, a .safetensors or a .pth file.
+        """Load weights from a run's folder, a checkpoint's folder, a weights file, or another project's checkpoint.
+
+        Which kinds are understood: docs/checkpoints.md.
 
         Raises CheckpointError naming keys that are missing (and not optional), unexpected or of another
-        shape.
+        shape, and for a checkpoint for another language model.
         """
         file = resolve_checkpoint(path)
-        load_strictly(self, load_tensors(file), source=f"'{file}'", optional=self.optional_keys)
+        checkpoint = open_checkpoint(file)
+        own = self.language_model_type
+        if own and checkpoint.llm and checkpoint.llm != own:
+            raise CheckpointError(
+                f"'{file}' is for a language model of the family {checkpoint.llm}, this model's is {own}"
+            )
+        tensors, optional = self.select_weights(dict(checkpoint.tensors))
+        load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
+
+    def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """What this model takes of a checkpoint's tensors, and patterns of names that these may lack.
+
+        The default takes all of them; a model that is built on another one's weights declares what it leaves.
+        """
+        return dict(tensors), self.optional_keys
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds: trained parameters and the buffers of the modules that own them."""
@@ -75,6 +91,11 @@ class BaseModel(nn.Module):
         return set()
 
     @property
+    def language_model_type(self) -> str | None:
+        """The family of the frozen language model by transformers' name, such as opt or t5; None without one."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
@@ -93,35 +114,3 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
     if cfg.get("pretrained"):
         model.load_checkpoint(cfg["pretrained"])
     return model
-
-
-def load_strictly(
-    module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()
-) -> None:
-    """Copy tensors into a module's parameters and buffers; every name and shape must agree.
-
-    Args:
-        source: what the tensors come from, for messages.
-        optional: regular expressions of names that may be missing.
-
-    Raises CheckpointError listing the first names that don't agree; the module is then unchanged.
-    """
-    own = module.state_dict()
-    allowed = [re.compile(pattern) for pattern in optional]
-    missing = [name for name in own if name not in tensors and not any(p.search(name) for p in allowed)]
-    unexpected = [name for name in tensors if name not in own]
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} here {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    problems = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds if names]
-    if problems:
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
-    module.load_state_dict(dict(tensors), strict=False)
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - SHOWN_KEYS
-    return ", ".join(names[:SHOWN_KEYS]) + (f", and {more} more" if more > 0 else "")

@@ -1,16 +1,15 @@
-"""Key maps from other people's checkpoints; strict: what a map doesn't name is an error."""
+"""BERT's weights for a Q-Former; strict: what the map doesn't name is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lavis_lite.common.errors import CheckpointError
-from lavis_lite.models.base import load_strictly
 from lavis_lite.models.qformer import QFormer
+from lavis_lite.models.strict import load_strictly
 
 # What BERT has nothing for and therefore keeps its random weights.
 NOT_IN_BERT = (r"\.crossattention\.",)
@@ -83,30 +82,3 @@ def bert_to_qformer(
 
 def _with_added_rows(table: Tensor, own: Tensor) -> Tensor:
     return torch.cat([table, own[table.shape[0] :].to(table)]) if own.shape[0] > table.shape[0] else table
-
-
-def hf_blip2_to_lavis_lite(hf: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Trained weights of Hugging Face's Blip2ForImageTextRetrieval under our names, without its vision tower.
-
-    It holds no prediction head and no temperature: those stay as they are.
-    """
-    renamed = {}
-    for name, tensor in hf.items():
-        if name.startswith("vision_model.") and not name.startswith("vision_model.post_layernorm."):
-            continue
-        for theirs, ours in HF_PREFIXES.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        renamed[name.replace("attention.attention.", "attention.self.")] = tensor
-    return renamed
-
-
-HF_PREFIXES = {
-    "embeddings.": "Qformer.bert.embeddings.",
-    "qformer.layernorm.": "Qformer.bert.embeddings.LayerNorm.",
-    "qformer.encoder.": "Qformer.bert.encoder.",
-    "vision_model.post_layernorm.": "ln_vision.",
-    "vision_projection.": "vision_proj.",
-    "text_projection.": "text_proj.",
-}

@@ -121,6 +121,11 @@ class TimmFeatures(nn.Module):
         kept = {key: tensor for key, tensor in tensors.items() if key not in self.removed}
         load_strictly(self.model, self._with_positions(kept), source=where)
 
+    def fit_positions(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This encoder's tensors with the position embeddings interpolated to its image size."""
+        fitted = self._with_positions({name.removeprefix("model."): x for name, x in tensors.items()})
+        return {f"model.{name}": tensor for name, tensor in fitted.items()}
+
     def _from_hub(self) -> dict[str, Tensor]:
         try:
             return dict(self.hub())
