@@ -35,7 +35,9 @@ MODULES: dict[str, dict[str, list[str]]] = {
     },
     "task": {
         "lavis_lite.tasks.pretrain": ["image_text_pretrain"],
+        "lavis_lite.tasks.captioning": ["captioning"],
         "lavis_lite.worlds.shapes.vit_task": ["shapes_probe"],
+        "lavis_lite.worlds.shapes.caption_task": ["shapes_captioning"],
     },
     "runner": {"lavis_lite.runners.runner": ["runner_base"]},
     "lr_scheduler": {"lavis_lite.common.optim": ["linear_warmup_cosine_lr"]},

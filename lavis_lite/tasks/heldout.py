@@ -13,7 +13,7 @@ from lavis_lite.common import dist
 from lavis_lite.datasets.loader import eval_loader
 
 
-class _Rows:
+class ChosenRows:
     """Chosen rows of a dataset, each loaded with a seed of its own wherever it stands among the others."""
 
     def __init__(self, dataset: Any, rows: Sequence[int], seed: int) -> None:
@@ -54,7 +54,7 @@ def held_out_means(
     """
     batches = _draw_batches(len(dataset), batch_size, max_batches, seed)
     mine = range(dist.rank(), len(batches), dist.world_size())
-    rows: Any = _Rows(dataset, [row for number in mine for row in batches[number]], seed)
+    rows: Any = ChosenRows(dataset, [row for number in mine for row in batches[number]], seed)
     loader = eval_loader(
         rows, batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction
     )

@@ -1,0 +1,104 @@
+"""The captions that a model gives the images of a split, shared out over the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from lavis_lite.common import dist
+from lavis_lite.common.io import atomic_write
+from lavis_lite.datasets.loader import eval_loader
+from lavis_lite.tasks.heldout import ChosenRows
+
+
+class CaptioningModel(Protocol):
+    """What a model must offer to be evaluated on captions."""
+
+    def generate(
+        self, samples: Mapping[str, Any], *, num_beams: int, max_length: int, min_length: int
+    ) -> list[str]:
+        """One text per image of {"image": float[B, 3, H, W], "prompt": str}, without the prompt.
+
+        max_length, min_length: of new tokens. A model without prompts overlooks it.
+        """
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One image's caption, and the references as they stand in its annotation file.
+
+    row: its (first) row of the dataset. image_id: the number its file declares; without one the picture's
+    path. group: see `Fields.group`.
+    """
+
+    row: int
+    image_id: int | str
+    prediction: str
+    references: list[str]
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How captions are generated: the text before them, beams, and new tokens at most and at least."""
+
+    prompt: str
+    num_beams: int
+    max_new_tokens: int
+    min_length: int
+
+
+def caption_images(
+    model: CaptioningModel, dataset: Any, rows: Sequence[int], decoding: Decoding, loader_args: Any
+) -> list[Captioned]:
+    """Captions of the rows whose picture can be read, in their order; the same on every rank."""
+    loader = eval_loader(
+        ChosenRows(dataset, rows, seed=0),  # type: ignore[arg-type]  # evaluation asks for nothing else
+        batch_size=loader_args.batch_size,
+        num_workers=loader_args.num_workers,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        max_bad_fraction=loader_args.max_bad_fraction,
+    )
+    mine: list[tuple[int, str]] = []
+    for batch in loader:
+        samples = {
+            "image": batch["image"].to(loader_args.device, non_blocking=True),
+            "prompt": decoding.prompt,
+        }
+        with loader_args.autocast():
+            texts = model.generate(
+                samples,
+                num_beams=decoding.num_beams,
+                max_length=decoding.max_new_tokens,
+                min_length=decoding.min_length,
+            )
+        mine += zip(batch["index"].tolist(), texts, strict=True)
+    predictions = dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
+    return [_captioned(dataset, row, text) for row, text in predictions.items()]
+
+
+def _captioned(dataset: Any, row: int, prediction: str) -> Captioned:
+    record = dataset.record(row)
+    image_id = record.image if record.image_id is None else record.image_id
+    return Captioned(row, image_id, prediction, record.captions, record.group)
+
+
+def join_images(rows: Sequence[Captioned]) -> list[Captioned]:
+    """Rows with equal image_id as one image: the first row's caption, the references of all."""
+    images: dict[int | str, Captioned] = {}
+    for item in rows:
+        known = images.get(item.image_id)
+        images[item.image_id] = (
+            replace(known, references=[*known.references, *item.references]) if known else item
+        )
+    return list(images.values())
+
+
+def write_predictions(path: Path, rows: Sequence[Captioned]) -> None:
+    """Write captions in COCO's results format: [{"image_id": 42, "caption": "a dog"}, ...]."""
+    results = [{"image_id": item.image_id, "caption": item.prediction} for item in rows]
+    atomic_write(path, json.dumps(results, ensure_ascii=False, indent=0) + "\n")
