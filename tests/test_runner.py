@@ -196,6 +196,23 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path: Path, monkeypatch: 
     assert metrics.keys() == {"test/loss", "test/loss_mse", "test/loss_l1"}
 
 
+def test_a_task_is_told_where_it_may_leave_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Path, str]] = []
+
+    def evaluate(self: Any, model: Any, dataset: Any, *, loader_args: Any, final: bool = True) -> Any:
+        told.append((loader_args.folder, loader_args.label))
+        return Evaluation({"loss": 1.0})
+
+    monkeypatch.setattr(registry.get_task_class("fake_loss"), "evaluate", evaluate)
+    two = ("datasets.other.builder=fake_rows",)
+    runner = Runner(config(tmp_path, *two, max_steps=2, test_splits=["test"]))
+    runner.train()
+    assert told == [(tmp_path / "run", "val_fake"), (tmp_path / "run", "val_other")]
+    told.clear()
+    Runner(config(tmp_path, max_steps=2)).evaluate()
+    assert told == [(tmp_path / "run" / "evaluation", "test")]
+
+
 def test_an_unknown_best_metric_keeps_the_work(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"run\.best_metric: 'val/los' was not measured; did you mean 'val/loss'"
