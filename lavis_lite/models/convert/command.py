@@ -81,10 +81,10 @@ def convert(
             )
         checkpoint = replace(checkpoint, llm=llm)
     name = checkpoint.layout.name if checkpoint.layout else OURS
-    dropped = checkpoint.tensors.left_out if isinstance(checkpoint.tensors, Renamed) else []
+    dropped = checkpoint.tensors.left_out if isinstance(checkpoint.tensors, Renamed) else ()
     if to == OURS:
         _write_ours(checkpoint, file, target)
-        return Converted(name, OURS, len(checkpoint.tensors), tuple(dropped))
+        return Converted(name, OURS, len(checkpoint.tensors), dropped)
     layout = target_layout(checkpoint, to, where=where)
     tensors = Renamed(checkpoint.tensors, layout, "write", where=where)
     notes = (

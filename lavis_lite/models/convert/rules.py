@@ -126,7 +126,7 @@ class Renamed(TensorStore):
         self.layout = layout
         self.metadata = source.metadata
         plan = _Plan(source, layout, direction)
-        self.left_out = plan.left_out
+        self.left_out = tuple(dict.fromkeys(plan.left_out))  # two rules may name the same
         self._pieces = plan.pieces
         if plan.problems:
             verb = "read as" if direction == "read" else "can't be written as"
