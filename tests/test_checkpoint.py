@@ -141,3 +141,22 @@ def test_better_follows_the_direction_and_never_nan() -> None:
     )
     assert not ckpt.is_better(0.5, 0.5, "max") and not ckpt.is_better(0.6, 0.5, "min")
     assert not ckpt.is_better(float("nan"), None, "max")
+
+
+def test_a_hub_model_that_cannot_be_fetched_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    ckpt.save_tensors(folder / ckpt.MODEL, {"w": torch.ones(1)})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    assert ckpt.resolve_checkpoint("hub:somebody/model") == folder / ckpt.MODEL
+
+    def offline(name: str, **_: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"'hub:somebody/model' is not in the hub's cache.*no network"):
+        ckpt.resolve_checkpoint("hub:somebody/model")

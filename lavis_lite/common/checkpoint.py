@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lavis_lite.common.errors import CheckpointError
+from lavis_lite.common.hub import PREFIX, local_folder
 from lavis_lite.common.io import atomic_dir, remove_leftovers
 from lavis_lite.common.tensor_reader import ALIAS, open_tensors
 
@@ -152,18 +153,19 @@ def best_or_newest(run_dir: str | Path) -> Path | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The weights file meant by a run's folder (its best, else its newest), a checkpoint's folder, or a file.
+    """The weights file meant by a run's folder (its best, else its newest), a checkpoint's folder, a file, or hub:NAME.
 
     Of a model in several files it is their index.json.
 
     Raises CheckpointError naming what was looked for.
     """
-    path = Path(path).expanduser()
+    path = local_folder(str(path)) if str(path).startswith(PREFIX) else Path(path).expanduser()
     if path.is_file():
         return path
     if not path.exists():
         raise CheckpointError(
-            f"no checkpoint at '{path}' (a run's folder, a checkpoint's, or a weights file)"
+            f"no checkpoint at '{path}': give a run's folder, a checkpoint's, or a weights file (a run that builds on "
+            "another one's needs that one first)"
         )
     for name in (MODEL, *FOREIGN):
         if (path / name).is_file():

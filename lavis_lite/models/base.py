@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +13,12 @@ from typing_extensions import Self
 from lavis_lite.common.binding import bind
 from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.models.convert.formats import open_checkpoint
 from lavis_lite.models.strict import load_strictly
+
+logger = get_logger(__name__)
 
 # Keys of a model section that choose what to build or load; all others are keywords of the class.
 SECTION_KEYS = ("arch", "model_type", "pretrained")
@@ -109,8 +112,28 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
     """
     if "arch" not in cfg:
         raise ConfigError("missing model.arch: one of " + ", ".join(registry.names("model")))
-    model: BaseModel = registry.get_model_class(cfg["arch"]).from_config(cfg)
+    model_class = registry.get_model_class(cfg["arch"])
+    source = cfg.get("pretrained")
+    if not source:
+        model: BaseModel = model_class.from_config(cfg)
+        model.load_backbones()
+        return model
+    file = resolve_checkpoint(source)
+    model = model_class.from_config(_without_what_it_holds(cfg, open_checkpoint(file).tensors))
     model.load_backbones()
-    if cfg.get("pretrained"):
-        model.load_checkpoint(cfg["pretrained"])
+    model.load_checkpoint(file)
+    logger.info("weights of %s", file)
     return model
+
+
+def _without_what_it_holds(cfg: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A model section that leaves out loading what a checkpoint brings: its Q-Former's BERT, frozen parts if it has
+    them (Hugging Face's files do)."""
+    parts = {name.split(".")[0] for name in names if ".lora_" not in name}
+    sections = {"qformer": "Qformer", "vision_encoder": "visual_encoder", "language_model": "language_model"}
+    kept = dict(cfg)
+    for section, part in sections.items():
+        own = cfg.get(section)
+        if part in parts and isinstance(own, Mapping) and own.get("pretrained"):
+            kept[section] = {**own, "pretrained": None if section == "qformer" else False}
+    return kept

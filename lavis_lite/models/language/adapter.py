@@ -57,7 +57,7 @@ class LanguageModel(nn.Module, ABC):
         self.model = load_llm(self.auto_class, self.config)
         if self.width != built:
             raise ConfigError(
-                f"model.language_model: '{self.config.model_name}' has width {self.width}, but `config` describes a model "
+                f"model.language_model: '{self.config.model_name}' has width {self.width}, but `config` describes one "
                 f"of width {built}; set language_model.config to null or to that model's sizes"
             )
         self._prepare()
