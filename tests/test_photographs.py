@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_helpers import COCO_MINI, needs_coco_mini
+from generative_helpers import write_llm_tokenizer
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,6 +98,55 @@ def test_photographs_train_evaluate_and_report(damaged: tuple[Path, Path], tmp_p
     assert len(broken) == 16 and done.stderr.count("can't be read") + done.stderr.count("unreadable") >= 1
     report = (tmp_path / "run/report.html").read_text()
     assert "data:image/" in report and "http://" not in report.replace("http://www.w3.org", "")
+
+
+CAPTION_RUN = """
+model:
+  arch: blip2_opt
+  prompt: a photo of
+  vision_encoder: {{name: timm, model_name: vit_tiny_patch16_224, image_size: 224, freeze: false}}
+  qformer: {{num_layers: 2, hidden_size: 64, num_heads: 2, intermediate_size: 128, num_query_token: 8}}
+  language_model: {{name: opt, model_name: "{tokenizer}", end_of_text: "\\n", config: {{
+    model_type: opt, vocab_size: 300, hidden_size: 32, word_embed_proj_dim: 32, ffn_dim: 64,
+    num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 128}}}}
+datasets:
+  custom:
+    train: {{annotations: "{annotations}", images: "{folder}"}}
+    val: {{annotations: "{annotations}", images: "{folder}"}}
+task: {{name: captioning, num_beams: 2, max_new_tokens: 6, min_length: 1, loss_batches: 1, loss_batch_size: 8}}
+run:
+  max_steps: 3
+  batch_size_train: 8
+  batch_size_eval: 8
+  num_workers: 0
+  warmup_steps: 1
+  max_bad_fraction: 0.2
+  lr_layer_decay: 0.9
+  output_dir: "{run}"
+"""
+
+
+@needs_coco_mini
+@pytest.mark.slow
+def test_photographs_caption_fine_tuning(damaged: tuple[Path, Path], tmp_path: Path) -> None:
+    annotations, folder = damaged
+    write_llm_tokenizer(tmp_path / "llm", "opt")
+    project = tmp_path / "captions.yaml"
+    project.write_text(
+        CAPTION_RUN.format(
+            tokenizer=tmp_path / "llm", annotations=annotations, folder=folder, run=tmp_path / "run"
+        )
+    )
+    done = run("train.py", "--cfg-path", str(project), cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    predictions = json.loads((tmp_path / "run/predictions_val.json").read_text())
+    assert len(predictions) == 10 and all(isinstance(row["caption"], str) for row in predictions)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    evaluation = next(row for row in rows if row["kind"] == "eval")
+    assert {"val/cider", "val/bleu_4", "val/rouge_l"} <= evaluation.keys()
+    assert evaluation["val/num_references"] == 50 and evaluation["val/unreadable_images"] == 2
+    assert "a photo of" not in predictions[0]["caption"]
+    assert "data:image/" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_caption_file_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
