@@ -97,12 +97,45 @@ def convert_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite c
             print(f"left out, as docs/checkpoints.md says: {first_of(done.left_out)}")
 
 
+def generate_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite generate") -> None:
+    """Say something about pictures: captions, or what follows a prompt; JSON lines."""
+    parser = argparse.ArgumentParser(prog=prog, description=generate_main.__doc__)
+    parser.add_argument("--model", required=True, metavar="NAME/TYPE", help="e.g. blip2_t5/shapes")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run's folder or a weights file")
+    parser.add_argument(
+        "--image", required=True, nargs="+", metavar="FILE", help="pictures, or folders of them"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="by default the model's own")
+    parser.add_argument("--out", metavar="FILE", help="where to write the lines; by default they are printed")
+    parser.add_argument("--num-beams", type=int, default=5, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N", dest="max_length")
+    parser.add_argument("--min-length", type=int, default=1, metavar="N")
+    parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="texts for each picture")
+    parser.add_argument("--sample", action="store_true", dest="use_nucleus_sampling", help="draw, not search")
+    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = vars(parser.parse_args(argv))
+    with one_line_errors(debug=arguments.pop("debug")):
+        from lavis_lite.generate import generate_files
+
+        bad = generate_files(arguments.pop("model"), arguments.pop("image"), **arguments)
+        if bad:
+            print(f"error: {bad} pictures could not be read; their lines say why", file=sys.stderr)
+            sys.exit(1)
+
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 COMMANDS = {
     "train": train_main,
     "evaluate": evaluate_main,
     "names": names_main,
     "tokenizer": tokenizer_main,
+    "generate": generate_main,
     "convert": convert_main,
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common import dist
+from lavis_lite.common.errors import InputError
 
 
 class ImageTextSamples(TypedDict):
@@ -25,11 +26,11 @@ class ImageTextSamples(TypedDict):
 
 
 def image_of(samples: Mapping[str, Any]) -> Tensor:
-    """The images of a caller's dictionary; ValueError when they are absent or not [B, 3, H, W]."""
+    """The images of a caller's dictionary; InputError when they are absent or not [B, 3, H, W]."""
     image = samples.get("image")
     if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != 3:
         found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"samples['image'] must be a float tensor [B, 3, H, W], not {found}")
+        raise InputError(f"samples['image'] must be a float tensor [B, 3, H, W], not {found}")
     return image
 
 
@@ -39,7 +40,7 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
     `text_input` may be one string for all images. Without `image_id` every row is its own picture
     (negative ids, different on every rank, which no dataset gives).
 
-    Raises ValueError when `image` is absent or not [B, 3, H, W], texts are absent or no strings, or there are
+    Raises InputError when `image` is absent or not [B, 3, H, W], texts are absent or no strings, or there are
     not as many texts and ids as images.
     """
     image = image_of(samples)
@@ -47,15 +48,15 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
     texts = samples.get("text_input")
     texts = [texts] * batch if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("samples['text_input'] must be a string or a list of strings, one for each image")
+        raise InputError("samples['text_input'] must be a string or a list of strings, one for each image")
     if len(texts) != batch:
-        raise ValueError(f"samples['text_input'] has {len(texts)} texts for {batch} images")
+        raise InputError(f"samples['text_input'] has {len(texts)} texts for {batch} images")
     image_id = samples.get("image_id")
     if image_id is None:
         image_id = -1 - (torch.arange(batch) + dist.rank() * 2**32)
     ids = torch.as_tensor(image_id)
     if ids.shape != (batch,):
-        raise ValueError(
+        raise InputError(
             f"samples['image_id'] must have {batch} numbers, one an image, not {list(ids.shape)}"
         )
     return {"image": image, "text_input": list(texts), "image_id": ids.to(image.device)}
@@ -64,15 +65,15 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
 def prompts_of(samples: Mapping[str, Any], *, batch: int, default: str) -> list[str]:
     """One prompt an image: `samples["prompt"]`, a string for all or a list of one each; by default `default`.
 
-    Raises ValueError for a list of another length or something that is no string.
+    Raises InputError for a list of another length or something that is no string.
     """
     prompt = samples.get("prompt")
     prompt = default if prompt is None else prompt
     prompts = [prompt] * batch if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
-        raise ValueError("samples['prompt'] must be a string or a list of strings, one for each image")
+        raise InputError("samples['prompt'] must be a string or a list of strings, one for each image")
     if len(prompts) != batch:
-        raise ValueError(
+        raise InputError(
             f"samples['prompt'] has {len(prompts)} prompts for {batch} images: give one, or one each"
         )
     return list(prompts)

@@ -31,6 +31,12 @@ class UnknownNameError(ConfigError, LookupError):
     """A name that is not in the registry."""
 
 
+class InputError(LavisLiteError, ValueError):
+    """An argument of a call that can't be used, such as prompts that don't fit the images."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class DataError(LavisLiteError, RuntimeError):
     """A data set that is missing, unreadable or not in the declared form."""
 
