@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lavis_lite.common.errors import InputError
+
 NEVER = float("-inf")
 
 
@@ -69,7 +71,7 @@ class DecodingRules:
         }
         for rule, holds in checks.items():
             if not holds:
-                raise ValueError(f"{rule}: {self}")
+                raise InputError(f"{rule}: {self}")
 
     def log_probs(self, logits: Tensor, said: Tensor) -> Tensor:
         """Log-probabilities [R, V] of the next token under the rules, after the tokens said int64[R, L]."""
@@ -82,7 +84,9 @@ class DecodingRules:
             logits = logits.index_fill(1, torch.tensor(self.forbidden_ids, device=logits.device), NEVER)
         if said.shape[1] < self.min_length:
             logits = logits.index_fill(1, torch.tensor([self.end_id], device=logits.device), NEVER)
-        return (logits / self.temperature).log_softmax(-1)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits.log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search
     Args:
         start: int64[B]. The decoder has B * search.rows rows.
 
-    Raises ValueError when more texts are sought than there are beams.
+    Raises InputError when more texts are sought than there are beams.
     """
     if search.nucleus:
         decoded = sample(decoder, start.repeat_interleave(search.keep), rules, greedy=False)
@@ -164,7 +168,7 @@ def beam_search(
         start: int64[B]. The decoder has B * num_beams rows, those of an input together.
     """
     if not 1 <= keep <= num_beams:
-        raise ValueError(f"{keep} captions asked of {num_beams} beams")
+        raise InputError(f"{keep} captions asked of {num_beams} beams")
     batch, end = start.shape[0], rules.end_id
     ids = start.repeat_interleave(num_beams)
     # All beams of an input start equal, so only the first counts in the first step.
@@ -175,11 +179,12 @@ def beam_search(
     done = torch.zeros(batch, dtype=torch.bool, device=start.device)
     for length in range(1, rules.max_length + 1):
         log_probs = rules.log_probs(decoder.step(ids), said.flatten(0, 1)[:, : length - 1])
-        totals = scores[..., None] + log_probs.unflatten(0, (batch, num_beams))
-        vocabulary = totals.shape[-1]
-        # At most one of a beam's continuations is the end, so 2K leave at least K that run on.
-        best, flat = totals.flatten(1).topk(min(2 * num_beams, num_beams * vocabulary), dim=1)
-        beam, token = flat // vocabulary, flat % vocabulary
+        # At most one of a beam's continuations is the end, so the best 2K of an input leave at least K that run on;
+        # they are among the best 2K of each of its beams.
+        each, tokens = log_probs.topk(min(2 * num_beams, log_probs.shape[1]), dim=1)
+        totals = scores[..., None] + each.unflatten(0, (batch, num_beams))
+        best, flat = totals.flatten(1).topk(min(2 * num_beams, totals[0].numel()), dim=1)
+        beam, token = flat // each.shape[1], tokens.reshape(batch, -1).gather(1, flat)
         longer = said.gather(1, beam[..., None].expand(-1, -1, rules.max_length)).clone()
         longer[:, :, length - 1] = token
 
