@@ -104,13 +104,13 @@ class CausalDecoder:
     """
 
     def __init__(self, model: Any, inputs: Tensor, mask: Tensor, *, rows_per_input: int) -> None:
-        from transformers import DynamicCache
+        from lavis_lite.models.language.growing_cache import GrowingCache
 
         self._model = model
         self._inputs = inputs
         self._mask = mask
         self._rows = rows_per_input
-        self._cache: Any = DynamicCache()
+        self._cache: Any = GrowingCache()
         self._started = False
         # Parameters by name: models differ in which they take.
         parameters = inspect.signature(model.forward).parameters
@@ -131,7 +131,7 @@ class CausalDecoder:
         return logits.repeat_interleave(self._rows, 0)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row r goes on from where row `rows[r]` was."""
+        """Row r goes on from where row `rows[r]` of the same input was."""
         self._cache.reorder_cache(rows)
 
     def _forward(self, **inputs: Tensor) -> Tensor:

@@ -92,11 +92,13 @@ class Seq2SeqDecoder:
     def __init__(self, model: Any, inputs: Tensor, mask: Tensor, *, rows_per_input: int) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
 
+        from lavis_lite.models.language.growing_cache import GrowingCache
+
         self._model = model
         self._encoded = model.get_encoder()(inputs_embeds=inputs, attention_mask=mask)
         self._mask = mask
         self._rows = rows_per_input
-        self._cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self._cache: Any = EncoderDecoderCache(GrowingCache(), DynamicCache())
         self._started = False
         self._cache_keyword = cache_keyword(inspect.signature(model.forward).parameters)
 
