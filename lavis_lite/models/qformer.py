@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear
 
@@ -120,32 +121,45 @@ def _take(x: Tensor, rows: Tensor | slice | Sequence[int]) -> Tensor:
 
 
 class RealTokens:
-    """Which places of a padded batch [B, T] hold tokens, and the way between the two arrangements."""
+    """Which places of a padded batch [B, T] hold tokens, and the way between the two arrangements.
+
+    Packed tokens are followed by up to 3% of fill, copies of the first one that nothing reads: kernels made for a
+    number of rows can then be used again. With a number of its own in every batch oneDNN made new ones at each step.
+    """
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
         places = mask.flatten().nonzero().squeeze(1)
+        self.count = places.numel()
+        fill = _rounded(self.count) - self.count
         # A batch without padding needs no moving about.
-        self.places = None if places.numel() == mask.numel() else places
+        self.places = None if self.count == mask.numel() else F.pad(places, (0, fill))
         self.mask = None if self.places is None else mask
         self.first = (mask.sum(1).cumsum(0) - mask.sum(1)) if self.places is not None else None
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...], row after row."""
+        """[B, T, ...] -> [N + fill, ...], row after row."""
         x = x.flatten(0, 1)
         return x if self.places is None else x.index_select(0, self.places)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[N, D] -> [B, T, D] with zeros at padding."""
+        """[N + fill, D] -> [B, T, D] with zeros at padding."""
         if self.places is not None:
-            x = x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.places, x)
+            places = self.places[: self.count]
+            x = x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, places, x[: self.count])
         return x.unflatten(0, self.shape)
 
     def first_of_rows(self, x: Tensor) -> Tensor:
-        """[N, D] -> [B, D], the first token of every row ([CLS])."""
+        """[N + fill, D] -> [B, D], the first token of every row ([CLS])."""
         if self.first is None:
             return x.unflatten(0, self.shape)[:, 0]
         return x.index_select(0, self.first)
+
+
+def _rounded(count: int) -> int:
+    """The next of 32 sizes between powers of two."""
+    step = 1 << max(0, count.bit_length() - 6)
+    return -(-count // step) * step
 
 
 class TextEmbeddings(nn.Module):
@@ -234,7 +248,10 @@ class QFormer(nn.Module):
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [N, V] of text states [N, D]."""
-        return self.cls["predictions"](hidden, self.embeddings.word_embeddings.weight)
+        count = hidden.shape[0]
+        filled = F.pad(hidden, (0, 0, 0, _rounded(count) - count))  # see `RealTokens`
+        logits: Tensor = self.cls["predictions"](filled, self.embeddings.word_embeddings.weight)
+        return logits[:count]
 
     def project_image(self, image_embeds: Tensor) -> ImageKV:
         """Every cross-attention's keys and values of images float[B, P, C]."""
@@ -284,7 +301,7 @@ class QFormer(nn.Module):
                 query = real.spread(layer.attention.query(hidden))
                 attended = real.pack(layer.attention.attend(query, key, value, mask))
             hidden = layer.finish_text(attended, hidden)
-        return hidden
+        return hidden if read == "first" else hidden[: real.count]
 
     def encode_pairs(self, query_tokens: Tensor, image_kv: ImageKV, tokens: TextTokens) -> Tensor:
         """Queries and text that all see each other (bidirectional mask).
