@@ -6,6 +6,7 @@ BERT-base's and OPT-125M's / FlanT5-base's widths and vocabularies.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,15 +109,18 @@ def text_config(family: Family, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def word_count(family: Family, sizes: Sizes) -> int:
+    """How many words w0, w1, ... the vocabulary has room for."""
+    return sizes.vocabulary[FAMILIES.index(family)] - len(SPECIAL) - len(PROMPT.split())
+
+
 def build_tokenizer(family: Family, sizes: Sizes) -> Any:
     """One token a word: the prompt's words and w0, w1, ... up to the vocabulary; special tokens where the family has
     them (OPT before a text, T5 after it)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    known = [*SPECIAL, *PROMPT.split()]
-    count = sizes.vocabulary[FAMILIES.index(family)]
-    words = [*known, *(f"w{number}" for number in range(count - len(known)))]
+    words = [*SPECIAL, *PROMPT.split(), *(f"w{number}" for number in range(word_count(family, sizes)))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pattern = f"{END} $A" if family == "opt" else f"$A {END}"
@@ -200,14 +204,10 @@ def make_ours(family: Family, sizes: Sizes, folder: Path, *, prompt: str = "") -
 
 
 def copy_weights(theirs: Any, ours: Blip2Generative) -> None:
-    """Ours becomes their model: every weight of it, none left over."""
-    text_side = (".intermediate.", ".output.dense", ".output.LayerNorm")
-    state = {
-        name: tensor
-        for name, tensor in our_names(theirs.state_dict()).items()
-        if name in ours.state_dict() or not any(part in name for part in text_side)
-    }
-    ours.load_state_dict(state, strict=True)
+    """Ours becomes their model: every weight of it, and none of theirs left over but the Q-Former's text side."""
+    text_side = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if not text_side.match(name)}
+    ours.load_state_dict(our_names(state), strict=True)
 
 
 def draw_images(batch: int, sizes: Sizes, generator: torch.Generator) -> Tensor:

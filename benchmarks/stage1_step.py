@@ -319,10 +319,11 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        **compare(args),
     }
     if not args.no_memory:
+        # Before anything big is built: on Linux a child's peak begins with its parent's at that moment.
         result["peak_bytes"] = {side: peak_of(side) for side in ("plain", "ours")}
+    result |= compare(args)
     print(f"{'':8}{'s/step':>10}{'cpu s':>10}{'GFLOP':>10}{'precision':>11}{'peak GB':>9}")
     for side in ("plain", "ours"):
         peak = f"{result['peak_bytes'][side] / 1e9:.2f}" if not args.no_memory else "-"

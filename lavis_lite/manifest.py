@@ -12,6 +12,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
         "lavis_lite.models.blip2_qformer": ["blip2", "blip2_feature_extractor", "blip2_image_text_matching"],
         "lavis_lite.models.blip2_generative": ["blip2_opt", "blip2_t5", "blip2_lm"],
         "lavis_lite.worlds.shapes.vit_pretrain": ["shapes_vit_pretrain"],
+        "lavis_lite.worlds.shapes.lm_pretrain": ["shapes_lm_pretrain"],
     },
     "vision_encoder": {
         "lavis_lite.models.vision.eva": ["eva_clip_g"],
@@ -32,12 +33,14 @@ MODULES: dict[str, dict[str, list[str]]] = {
         "lavis_lite.datasets.builders": ["image_text"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
         "lavis_lite.worlds.shapes.vit_data": ["shapes_rendered"],
+        "lavis_lite.worlds.shapes.lm_data": ["shapes_documents"],
     },
     "task": {
         "lavis_lite.tasks.pretrain": ["image_text_pretrain"],
         "lavis_lite.tasks.captioning": ["captioning"],
         "lavis_lite.worlds.shapes.vit_task": ["shapes_probe"],
         "lavis_lite.worlds.shapes.caption_task": ["shapes_captioning"],
+        "lavis_lite.worlds.shapes.lm_task": ["shapes_reading"],
     },
     "runner": {"lavis_lite.runners.runner": ["runner_base"]},
     "lr_scheduler": {"lavis_lite.common.optim": ["linear_warmup_cosine_lr"]},

@@ -9,6 +9,7 @@ import torch
 
 from lavis_lite.common.config import PRESETS, load_config, load_model_preset
 from lavis_lite.common.registry import registry
+from lavis_lite.models.language.loading import EMBEDDED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECTS = sorted(path for path in (REPOSITORY / "projects").rglob("*.yaml") if not path.name.startswith("_"))
@@ -40,6 +41,9 @@ def test_every_model_can_be_built_in_shape(path: Path) -> None:
     preset = load_model_preset({"arch": path.parent.name, "model_type": path.stem})
     model_class = registry.get_model_class(path.parent.name)
     section = {**preset["model"], "arch": path.parent.name}
+    name = section.get("language_model", {}).get("model_name")
+    if name in EMBEDDED and not EMBEDDED[name].is_dir():
+        pytest.skip("the embedded language models are not shipped yet")
     model_class.validate_config(section)
     if section.get("tokenizer") == "bert-base-uncased":
         section["tokenizer"] = "shapes"  # its files are not here; the vocabulary's size is all it changes

@@ -52,8 +52,18 @@ class LanguageModelConfig:
 
 
 def source_of(model_name: str) -> str:
-    """Where transformers finds a model: the package's folder for an embedded one, a folder, or a hub name."""
+    """Where transformers finds a model: the package's folder for an embedded one, a folder, or a hub name.
+
+    Raises ConfigError for an embedded one that this checkout doesn't have.
+    """
     if model_name in EMBEDDED:
+        if not EMBEDDED[model_name].is_dir():
+            recipe = f"pretrain_{model_name.removeprefix('shapes_')}"
+            raise ConfigError(
+                f"model.language_model: '{model_name}' is not shipped with this version yet; make it with "
+                f"`python train.py --cfg-path projects/shapes/{recipe}.yaml`, then "
+                f"`python -m lavis_lite.worlds.shapes.export output/{recipe}`"
+            )
         return str(EMBEDDED[model_name])
     folder = Path(model_name).expanduser()
     return str(folder) if folder.is_dir() else model_name

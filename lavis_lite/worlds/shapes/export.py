@@ -1,6 +1,6 @@
-"""Turns a pre-training run into the weights file that ships with the package:
+"""Turns a pre-training run into the weights that ship with the package, whichever of the world's models it made:
 
-`python -m lavis_lite.worlds.shapes.export output/pretrain_vit`.
+`python -m lavis_lite.worlds.shapes.export output/pretrain_vit` (or `pretrain_opt`, `pretrain_t5`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lavis_lite.common.checkpoint import load_tensors, resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, LavisLiteError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.worlds.shapes.encoder import WEIGHTS
+from lavis_lite.worlds.shapes.lm_export import export_language_model, is_language_run
 
 PREFIX = "encoder."
 
@@ -40,10 +41,18 @@ def export_vit(run: str | Path, *, target: str | Path = WEIGHTS) -> Path:
     return Path(target)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m lavis_lite.worlds.shapes.export RUN [FILE]")
+def main(arguments: list[str]) -> str:
+    """The command: RUN and, if not the package's own, where to write; returns what it prints, or exits."""
+    if len(arguments) not in (1, 2):
+        sys.exit("usage: python -m lavis_lite.worlds.shapes.export RUN [TARGET]")
+    run, target = arguments[0], arguments[1] if len(arguments) == 2 else None
     try:
-        print(export_vit(sys.argv[1], target=sys.argv[2] if len(sys.argv) == 3 else WEIGHTS))
+        if is_language_run(run):
+            return str(export_language_model(run, target=target))
+        return str(export_vit(run, target=target or WEIGHTS))
     except LavisLiteError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1:]))
