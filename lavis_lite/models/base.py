@@ -15,7 +15,7 @@ from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
-from lavis_lite.models.convert.formats import open_checkpoint
+from lavis_lite.models.convert.formats import Checkpoint, open_checkpoint
 from lavis_lite.models.strict import load_strictly
 
 logger = get_logger(__name__)
@@ -57,7 +57,9 @@ class BaseModel(nn.Module):
         shape, and for a checkpoint for another language model.
         """
         file = resolve_checkpoint(path)
-        checkpoint = open_checkpoint(file)
+        self._load_opened(open_checkpoint(file), file)
+
+    def _load_opened(self, checkpoint: Checkpoint, file: Path) -> None:
         own = self.language_model_type
         if own and checkpoint.llm and checkpoint.llm != own:
             raise CheckpointError(
@@ -119,9 +121,10 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
         model.load_backbones()
         return model
     file = resolve_checkpoint(source)
-    model = model_class.from_config(_without_what_it_holds(cfg, open_checkpoint(file).tensors))
+    checkpoint = open_checkpoint(file)
+    model = model_class.from_config(_without_what_it_holds(cfg, checkpoint.tensors))
     model.load_backbones()
-    model.load_checkpoint(file)
+    model._load_opened(checkpoint, file)
     logger.info("weights of %s", file)
     return model
 

@@ -166,8 +166,19 @@ class Blip2Generative(Blip2Base):
 
         Raises ValueError for prompts that don't fit the images, or impossible settings.
         """
-        settings = {key: value for key, value in locals().items() if key not in ("self", "samples")}
-        return self.generate_with_scores(samples, **settings).texts
+        return self.generate_with_scores(
+            samples,
+            use_nucleus_sampling=use_nucleus_sampling,
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_captions=num_captions,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        ).texts
 
     @torch.no_grad()
     def generate_with_scores(
@@ -188,17 +199,17 @@ class Blip2Generative(Blip2Base):
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
         log-probability of a token otherwise."""
         prompts = prompts_of(samples, batch=len(image_of(samples)), default=self.prompt)
-        limit = max_length if max_new_tokens is None else max_new_tokens
-        rules = DecodingRules(
+        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        rules = DecodingRules.for_search(
+            search,
             end_id=self.language_model.end_id,
-            max_length=limit,
-            min_length=min(min_length, limit),
-            temperature=temperature if use_nucleus_sampling else 1.0,
-            top_p=top_p if use_nucleus_sampling else 1.0,
+            max_length=max_length if max_new_tokens is None else max_new_tokens,
+            min_length=min_length,
+            temperature=temperature,
+            top_p=top_p,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
         )
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
         return self._continue(samples, self.language_model.wrapped(prompts), rules, search)
 
     @torch.no_grad()

@@ -346,19 +346,19 @@ class Blip2QFormer(Blip2Base):
         """
         image = image_of(samples).to(self.device)
         queries = self.encode_queries(self.project_image(self.encode_image(image)))
-        limit = min(max_length, self.max_txt_len - 1)
         tokenizer = self.tokenizer
-        rules = DecodingRules(
+        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        rules = DecodingRules.for_search(
+            search,
             end_id=tokenizer.sep_id,
-            max_length=limit,
-            min_length=min(min_length, limit),
-            temperature=temperature if use_nucleus_sampling else 1.0,
-            top_p=top_p if use_nucleus_sampling else 1.0,
+            max_length=min(max_length, self.max_txt_len - 1),
+            min_length=min_length,
+            temperature=temperature,
+            top_p=top_p,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
             forbidden_ids=(tokenizer.pad_id, tokenizer.cls_id, tokenizer.dec_id),
         )
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
         decoder = QFormerDecoder(self.Qformer, queries, rows_per_image=search.rows)
         start = torch.full((len(image),), tokenizer.dec_id, device=self.device)
         said = decode(decoder, start, rules, search).ids.flatten(0, 1)

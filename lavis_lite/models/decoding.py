@@ -7,10 +7,11 @@ what is decoded for an input doesn't depend on what else is in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lavis_lite.common.errors import InputError
 
@@ -45,6 +46,20 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How many texts are sought for an input, and how: `keep` by nucleus sampling, or the best of `num_beams`."""
+
+    num_beams: int = 1
+    keep: int = 1
+    nucleus: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that a decoder needs for each input."""
+        return self.keep if self.nucleus else self.num_beams
+
+
+@dataclass(frozen=True)
 class DecodingRules:
     """What may be said: all lengths count new tokens only, without the end.
 
@@ -73,6 +88,29 @@ class DecodingRules:
             if not holds:
                 raise InputError(f"{rule}: {self}")
 
+    @classmethod
+    def for_search(
+        cls,
+        search: Search,
+        *,
+        max_length: int,
+        min_length: int,
+        temperature: float,
+        top_p: float,
+        **others: Any,
+    ) -> Self:
+        """Rules for one kind of search: only sampling has a temperature and a nucleus; the shortest text that is
+        asked for may be no longer than the longest."""
+        if not search.nucleus:
+            temperature = top_p = 1.0
+        return cls(
+            max_length=max_length,
+            min_length=min(min_length, max_length),
+            temperature=temperature,
+            top_p=top_p,
+            **others,
+        )
+
     def log_probs(self, logits: Tensor, said: Tensor) -> Tensor:
         """Log-probabilities [R, V] of the next token under the rules, after the tokens said int64[R, L]."""
         logits = logits.float()
@@ -87,20 +125,6 @@ class DecodingRules:
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return logits.log_softmax(-1)
-
-
-@dataclass(frozen=True)
-class Search:
-    """How many texts are sought for an input, and how: `keep` by nucleus sampling, or the best of `num_beams`."""
-
-    num_beams: int = 1
-    keep: int = 1
-    nucleus: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows that a decoder needs for each input."""
-        return self.keep if self.nucleus else self.num_beams
 
 
 def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search) -> Decoded:

@@ -38,6 +38,7 @@ class LanguageModel(nn.Module, ABC):
         self.config = config
         self.model: Any = build_llm(self.auto_class, config)
         self._tokenizer: Any = None
+        self._end_id: int | None = None
         self._prepare()
 
     @classmethod
@@ -100,9 +101,13 @@ class LanguageModel(nn.Module, ABC):
     @property
     def end_id(self) -> int:
         """The token that ends a text: that of `end_of_text` if set, else the tokenizer's own."""
-        if self.config.end_of_text is None:
-            return int(self.tokenizer.eos_token_id)
-        return int(self.tokenizer(self.config.end_of_text, add_special_tokens=False)["input_ids"][-1])
+        if self._end_id is None:
+            text = self.config.end_of_text
+            if text is None:
+                self._end_id = int(self.tokenizer.eos_token_id)
+            else:
+                self._end_id = int(self.tokenizer(text, add_special_tokens=False)["input_ids"][-1])
+        return self._end_id
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [..., D] of int64[...]."""

@@ -5,7 +5,6 @@ B rows, Q visual tokens, D embedding width, T text tokens, N scored tokens, V vo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from torch.nn.functional import pad as torch_pad
 
 from lavis_lite.common.registry import registry
 from lavis_lite.models.language.adapter import LanguageModel, lengths_mask, pad
-from lavis_lite.models.language.cache import cache_keyword
+from lavis_lite.models.language.keywords import cache_keyword, forward_keywords
 
 
 @registry.register_language_model("causal_lm")
@@ -89,10 +88,10 @@ class DecoderOnlyLM(LanguageModel):
 
     def _logits(self, inputs: Tensor, mask: Tensor, kept: int) -> Tensor:
         """Next-token logits [B, kept, V] at the last `kept` places."""
-        arguments: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            arguments["logits_to_keep"] = kept
-        logits: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, **arguments).logits
+        arguments = {"logits_to_keep": kept} if "logits_to_keep" in forward_keywords(self.model) else {}
+        logits: Tensor = self.model(
+            inputs_embeds=inputs, attention_mask=mask, use_cache=False, **arguments
+        ).logits
         return logits[:, -kept:]
 
 
@@ -113,7 +112,7 @@ class CausalDecoder:
         self._cache: Any = GrowingCache()
         self._started = False
         # Parameters by name: models differ in which they take.
-        parameters = inspect.signature(model.forward).parameters
+        parameters = forward_keywords(model)
         self._cache_keyword = cache_keyword(parameters)
         self._takes_positions = "position_ids" in parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

@@ -5,7 +5,6 @@ B rows, Q visual tokens, D embedding width, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lavis_lite.common.registry import registry
 from lavis_lite.models.language.adapter import LanguageModel, lengths_mask, pad
-from lavis_lite.models.language.cache import cache_keyword
+from lavis_lite.models.language.keywords import cache_keyword, forward_keywords
 
 
 @registry.register_language_model("seq2seq_lm")
@@ -100,7 +99,7 @@ class Seq2SeqDecoder:
         self._rows = rows_per_input
         self._cache: Any = EncoderDecoderCache(GrowingCache(), DynamicCache())
         self._started = False
-        self._cache_keyword = cache_keyword(inspect.signature(model.forward).parameters)
+        self._cache_keyword = cache_keyword(forward_keywords(model))
 
     def step(self, ids: Tensor) -> Tensor:
         """The next token int64[R] of every row (the first call's are ignored) -> logits [R, V]."""

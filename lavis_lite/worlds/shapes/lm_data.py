@@ -14,15 +14,16 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
-from lavis_lite.worlds.shapes.lm_documents import CONTEXTS, Document, document
+from lavis_lite.worlds.shapes.lm_documents import CONTEXTS, REPLY_WEIGHTS, TYPE_WEIGHTS, Document, document
 from lavis_lite.worlds.shapes.lm_encoding import encode_opt, encode_t5
 from lavis_lite.worlds.shapes.lm_tokenizers import build_tokenizer
+from lavis_lite.worlds.shapes.questions import TYPES
 from lavis_lite.worlds.shapes.render import render
 from lavis_lite.worlds.shapes.scene import SPLITS, Scene, Split, sample_scene
 
 DEFAULT_CONTEXTS = {"full": 0.5, "plain": 0.08, "terse": 0.1, "loose": 0.06, "slots": 0.2, "none": 0.06}
 # More than fit into a document, and than a T5 is asked at once.
-REPLIES = {"opt": 8, "t5": 4}
+REPLIES = {"opt": 8, "t5": 6}
 
 
 class SceneDocuments:
@@ -38,6 +39,8 @@ class SceneDocuments:
         family: str,
         max_length: int,
         contexts: Mapping[str, float],
+        reply_weights: Mapping[str, float],
+        type_weights: Mapping[str, float],
     ) -> None:
         self.name = name
         self.split = split
@@ -45,7 +48,11 @@ class SceneDocuments:
         self.seed = seed
         self.family = family
         self.max_length = max_length
-        self.contexts = contexts
+        self._weights = {
+            "contexts": contexts,
+            "reply_weights": reply_weights,
+            "type_weights": type_weights,
+        }
         self.tokenizer = build_tokenizer(family)
 
     def __len__(self) -> int:
@@ -59,7 +66,7 @@ class SceneDocuments:
         """The text of a row; of training scenes a function of (seed, index), of others the scene is fixed."""
         scene = sample_scene(seed=seed if self.split == "train" else self.seed, split=self.split, index=index)
         rng = random.Random(f"documents/{seed}/{index}")
-        return document(scene, rng, replies=REPLIES[self.family], contexts=self.contexts)
+        return document(scene, rng, replies=REPLIES[self.family], **self._weights)
 
     def load(self, index: int, *, seed: int) -> dict[str, Any]:
         """One row as token ids, see `lm_encoding`."""
@@ -99,9 +106,11 @@ class SceneDocumentsBuilder:
         max_length: tokens of an "opt" document at most; it gets as many replies as fit.
         seed: of the val and test scenes (training scenes follow run.seed).
         contexts: how often a context has each form: full, plain, terse, loose, slots, none.
+        reply_weights, type_weights: how often a reply is of a kind (answer, object, caption, description) and a
+            question of a type, next to the others; those left out keep theirs.
         ratio: how often a batch is drawn from this dataset in a mix.
 
-    Raises ConfigError for a form that there is not.
+    Raises ConfigError for a form or type that there is not.
     """
 
     def __init__(
@@ -115,6 +124,8 @@ class SceneDocumentsBuilder:
         max_length: int = 104,
         seed: int = 0,
         contexts: Mapping[str, float] | None = None,
+        reply_weights: Mapping[str, float] | None = None,
+        type_weights: Mapping[str, float] | None = None,
         ratio: float | None = None,
     ) -> None:
         self.name = name
@@ -125,13 +136,20 @@ class SceneDocumentsBuilder:
             "max_length": max_length,
             "seed": seed,
             "contexts": dict(contexts or DEFAULT_CONTEXTS),
+            "reply_weights": {**REPLY_WEIGHTS, **(reply_weights or {})},
+            "type_weights": {**TYPE_WEIGHTS, **(type_weights or {})},
         }
-        unknown = set(self._options["contexts"]) - {*CONTEXTS, "none"}
-        if unknown:
-            raise ConfigError(
-                f"datasets.{name}.contexts: no form {', '.join(sorted(unknown))}; "
-                f"forms: {', '.join(CONTEXTS)}, none"
-            )
+        forms = {
+            "contexts": (*CONTEXTS, "none"),
+            "reply_weights": tuple(REPLY_WEIGHTS),
+            "type_weights": TYPES,
+        }
+        for option, known in forms.items():
+            unknown = sorted(set(self._options[option]) - set(known))
+            if unknown:
+                raise ConfigError(
+                    f"datasets.{name}.{option}: no {', '.join(unknown)}; there are {', '.join(known)}"
+                )
 
     def build_datasets(self) -> dict[str, MapDataset]:
         """The three splits by name."""

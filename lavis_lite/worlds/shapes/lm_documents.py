@@ -21,9 +21,9 @@ BLEND = "+"
 CAPTION_PROMPTS = ("", "a photo of", "a picture of", "caption:")
 _CAPTION_WEIGHTS = (3, 5, 1, 1)
 # What a reply is about, and how often it is so.
-_REPLY_WEIGHTS = {"answer": 10, "object": 5, "caption": 3, "description": 2}
+REPLY_WEIGHTS = {"answer": 10, "object": 5, "caption": 3, "description": 2}
 # Types that need several facts of the description at once are the ones learned last.
-_TYPE_WEIGHTS = {kind: 3 if kind in ("relation", "kind_count") else 1 for kind in TYPES}
+TYPE_WEIGHTS = {kind: 3 if kind in ("relation", "kind_count", "existence") else 1 for kind in TYPES}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,15 @@ class Document:
     replies: tuple[Reply, ...]
 
 
-def document(scene: Scene, rng: random.Random, *, replies: int, contexts: Mapping[str, float]) -> Document:
+def document(
+    scene: Scene,
+    rng: random.Random,
+    *,
+    replies: int,
+    contexts: Mapping[str, float],
+    reply_weights: Mapping[str, float] = REPLY_WEIGHTS,
+    type_weights: Mapping[str, float] = TYPE_WEIGHTS,
+) -> Document:
     """A document about a scene with so many replies, or fewer where there is little to say.
 
     The objects are told in any order, and all replies keep to it: what is learned is to read the context,
@@ -51,6 +59,8 @@ def document(scene: Scene, rng: random.Random, *, replies: int, contexts: Mappin
 
     Args:
         contexts: how often each form of `CONTEXTS` is taken, or none at all ("none").
+        reply_weights: how often a reply is of each kind.
+        type_weights: how often each type of question is asked, where the scene allows it.
     """
     if rng.random() < 0.5:
         scene = replace(scene, objects=tuple(rng.sample(scene.objects, len(scene.objects))))
@@ -60,7 +70,8 @@ def document(scene: Scene, rng: random.Random, *, replies: int, contexts: Mappin
     chosen: dict[Reply, None] = {}
     for _ in range(MAX_DRAWS * replies):
         if len(chosen) < replies:
-            chosen[_reply(scene, rng) if told else _caption(scene, rng)] = None
+            kind = rng.choices(list(reply_weights), list(reply_weights.values()))[0]
+            chosen[_reply(scene, kind, rng, type_weights) if told else _caption(scene, rng)] = None
     return Document(told, tuple(chosen))
 
 
@@ -69,8 +80,7 @@ def question_prompt(question: str, rng: random.Random) -> str:
     return rng.choice(QUESTION_PROMPTS).format(question)
 
 
-def _reply(scene: Scene, rng: random.Random) -> Reply:
-    kind = rng.choices(list(_REPLY_WEIGHTS), list(_REPLY_WEIGHTS.values()))[0]
+def _reply(scene: Scene, kind: str, rng: random.Random, type_weights: Mapping[str, float]) -> Reply:
     if kind == "caption":
         return _caption(scene, rng)
     if kind == "description":
@@ -79,7 +89,7 @@ def _reply(scene: Scene, rng: random.Random) -> Reply:
         return _object(scene, rng)
     question = None
     while question is None:
-        question = ask(scene, rng.choices(TYPES, list(_TYPE_WEIGHTS.values()))[0], rng)
+        question = ask(scene, rng.choices(list(type_weights), list(type_weights.values()))[0], rng)
     return Reply(question_prompt(question.text, rng), question.answer, kind)
 
 

@@ -55,7 +55,7 @@ def encode_opt(
 
 
 def encode_t5(tokenizer: Any, document: Document, rng: random.Random) -> dict[str, Tensor]:
-    """Context and prompt for the encoder, one text for the decoder, or the answers to up to four questions.
+    """Context and prompt for the encoder, one text for the decoder, or the answers to up to six questions.
 
     Several questions at once cost little more than one and teach as much as several documents. A caption
     without a prompt is split at a point from its first word to its middle: the encoder reads the part before,
@@ -67,7 +67,7 @@ def encode_t5(tokenizer: Any, document: Document, rng: random.Random) -> dict[st
     prompt, text = first.prompt, first.text
     if first.kind == "answer":
         several = [reply for reply in document.replies if reply.kind == "answer"][
-            : rng.choice((1, 1, 2, 3, 4))
+            : rng.choice((1, 1, 2, 4, 6))
         ]
         prompt = " ".join(reply.prompt for reply in several)
         text = ", ".join(reply.text for reply in several)

@@ -1,0 +1,67 @@
+"""The language-model benchmarks in their tiny setting: both sides agree, and a disagreement is not timed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("generate")
+
+
+@pytest.fixture
+def stage2_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("stage2_step")
+
+
+def test_generation_is_measured_where_tokens_agree(generate: Any, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    generate.main(
+        ["--tiny", "--batches", "1", "3", "--rounds", "1", "--new-tokens", "8", "--json", str(result)]
+    )
+    cases = json.loads(result.read_text())["cases"]
+    assert len(cases) == 2 * 2 * 2 and all(case["ratio"] > 0 for case in cases)
+    assert max(case["different_texts"] for case in cases) > 1
+
+
+def test_generation_that_differs_is_not_timed(generate: Any) -> None:
+    pair = generate.Pair("opt", generate.TINY, seed=0)
+    images = generate.draw_images(2, generate.TINY, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pair.ours.llm_proj.weight.mul_(-1)
+    with pytest.raises(SystemExit, match="token ids differ"):
+        generate.compare(pair, images, 1, new_tokens=8, rounds=1)
+
+
+@pytest.mark.parametrize("plain", [["graph", "logits", "text"], []])
+def test_stage_2_is_measured_where_losses_agree(stage2_step: Any, tmp_path: Path, plain: list[str]) -> None:
+    result = tmp_path / "result.json"
+    options = ["--steps", "1", "--batch-size", "3", "--no-memory", "--json", str(result), "--plain", *plain]
+    stage2_step.main(["--tiny", *options])
+    cases = json.loads(result.read_text())["cases"]
+    assert [case["family"] for case in cases] == ["opt", "t5"]
+    assert all(case["largest_loss_difference"] < 1e-4 for case in cases)
+
+
+def test_only_the_graph_of_the_plain_side_reaches_frozen_weights(stage2_step: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = stage2_step.draw_images(2, stage2_step.TINY, draw)
+    for arrangement, expected in ((["graph"], True), ([], False)):
+        plain = stage2_step.Plain("opt", stage2_step.TINY, arrangement)
+        texts = stage2_step.draw_texts(2, "opt", stage2_step.TINY, draw)
+        stage2_step.train_step(plain, images, texts, "fp32", 0)
+        language_model = [p.grad is not None for p in plain.hf.language_model.parameters()]
+        vision = [p.grad is not None for p in plain.hf.vision_model.encoder.parameters()]
+        assert any(language_model) == any(vision) == expected
+        assert plain.hf.query_tokens.grad is not None
