@@ -70,8 +70,8 @@ def document(
     chosen: dict[Reply, None] = {}
     for _ in range(MAX_DRAWS * replies):
         if len(chosen) < replies:
-            kind = rng.choices(list(reply_weights), list(reply_weights.values()))[0]
-            chosen[_reply(scene, kind, rng, type_weights) if told else _caption(scene, rng)] = None
+            reply = _reply(scene, rng, reply_weights, type_weights) if told else _caption(scene, rng)
+            chosen[reply] = None
     return Document(told, tuple(chosen))
 
 
@@ -80,7 +80,10 @@ def question_prompt(question: str, rng: random.Random) -> str:
     return rng.choice(QUESTION_PROMPTS).format(question)
 
 
-def _reply(scene: Scene, kind: str, rng: random.Random, type_weights: Mapping[str, float]) -> Reply:
+def _reply(
+    scene: Scene, rng: random.Random, reply_weights: Mapping[str, float], type_weights: Mapping[str, float]
+) -> Reply:
+    kind = rng.choices(list(reply_weights), list(reply_weights.values()))[0]
     if kind == "caption":
         return _caption(scene, rng)
     if kind == "description":
