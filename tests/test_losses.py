@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lavis_lite.models import losses
 
@@ -106,3 +107,18 @@ def test_itg_loss() -> None:
     assert losses.itg_loss(logits, targets, smoothing=smoothing).item() == pytest.approx(expected, abs=1e-5)
     half = losses.itg_loss(logits, targets, smoothing=smoothing, total=torch.tensor(12.0))
     assert half.item() == pytest.approx(expected / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_itg_loss_and_its_gradient_are_those_of_cross_entropy(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(3)
+    logits = (4 * torch.randn(9, 50, generator=draw)).to(dtype)
+    targets = torch.randint(50, (9,), generator=draw)
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = losses.itg_loss(ours, targets, smoothing=0.1)
+    expected = F.cross_entropy(plain.float(), targets, label_smoothing=0.1)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert torch.allclose(loss, expected, rtol=1e-6) and loss.dtype == torch.float32
+    assert ours.grad is not None and plain.grad is not None and ours.grad.dtype == dtype
+    assert torch.allclose(ours.grad, plain.grad, atol=1e-6 if dtype == torch.float32 else 1e-3)

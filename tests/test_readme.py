@@ -94,8 +94,9 @@ def test_every_block_of_the_readme_runs(checkout: Path, tmp_path: Path) -> None:
         else:
             assert language == "yaml"
             (checkout / "mine.yaml").write_text(block)
-    assert sorted(languages) == ["bash"] * 4 + ["python"] * 2 + ["yaml"]
+    assert sorted(languages) == ["bash"] * 5 + ["python"] * 3 + ["yaml"]
     assert (checkout / "output/pretrain_stage1/report.html").is_file()
+    assert (checkout / "output/pretrain_stage2/report.html").is_file()
     assert (checkout / "output/own_images/log.jsonl").is_file()
     assert "mine" in (checkout / "output/mine/config.yaml").read_text()
 

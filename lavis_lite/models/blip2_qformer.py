@@ -143,7 +143,7 @@ class Blip2QFormer(Blip2Base):
         negatives are over the pairs of all ranks; in evaluation over this rank's batch.
         """
         batch = complete_samples(samples)
-        tokens = self.tokenize(batch["text_input"])
+        tokens = self.Qformer.look_up(self.tokenize(batch["text_input"]), dec_id=self.tokenizer.dec_id)
         image_embeds = self.encode_image(batch["image"])
         image_kv = self.project_image(image_embeds)
         queries = self.encode_queries(image_kv)

@@ -26,7 +26,7 @@ From which follows the arrangement below, none of which changes a result:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -36,6 +36,7 @@ from torch.nn.functional import dropout, gelu, linear
 
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.models.qformer_layers import EPS, QFormerLayer
+from lavis_lite.models.rows import take_rows
 from lavis_lite.models.tokenizer import TextTokens
 
 KeysValues = tuple[Tensor, Tensor]
@@ -89,7 +90,7 @@ class ImageKV:
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> ImageKV:
         """The chosen images, in that order, repeated where an index is."""
-        return ImageKV(tuple(kv and (_take(kv[0], rows), _take(kv[1], rows)) for kv in self.layers))
+        return ImageKV(tuple(kv and (take_rows(kv[0], rows), take_rows(kv[1], rows)) for kv in self.layers))
 
     @staticmethod
     def cat(parts: Sequence[ImageKV]) -> ImageKV:
@@ -110,14 +111,6 @@ class QueryStates:
 
     output: Tensor
     keys_values: tuple[KeysValues, ...]
-
-
-def _take(x: Tensor, rows: Tensor | slice | Sequence[int]) -> Tensor:
-    # The gradient of [] sums repeated rows in a fixed order on every device, but takes 2.7 times as long on a CPU,
-    # where that of index_select has a fixed order too.
-    if isinstance(rows, Tensor) and x.device.type == "cpu":
-        return x.index_select(0, rows)
-    return x[rows]
 
 
 class RealTokens:
@@ -173,9 +166,9 @@ class TextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=EPS)
         self.dropout = config.dropout
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """int64 ids and positions [...] -> [..., D]."""
-        return self.norm(self.word_embeddings(ids) + self.position_embeddings(positions))
+    def forward(self, words: Tensor, positions: Tensor) -> Tensor:
+        """Looked-up words [..., D] and their int64 positions [...] -> [..., D]."""
+        return self.norm(words + self.position_embeddings(positions))
 
     def norm(self, x: Tensor) -> Tensor:
         """LayerNorm and dropout, the end of both kinds of embedding."""
@@ -252,6 +245,15 @@ class QFormer(nn.Module):
         filled = F.pad(hidden, (0, 0, 0, _rounded(count) - count))  # see `RealTokens`
         logits: Tensor = self.cls["predictions"](filled, self.embeddings.word_embeddings.weight)
         return logits[:count]
+
+    def look_up(self, tokens: TextTokens, *, dec_id: int) -> TextTokens:
+        """The same tokens with their word embeddings and that of [DEC], for all that is to be done with them.
+
+        Every look-up's gradient is as large as the table (30,523 x 768): one instead of one for each loss.
+        """
+        ids = torch.cat([tokens.input_ids.flatten(), tokens.input_ids.new_tensor([dec_id])])
+        words = self.embeddings.word_embeddings(ids)
+        return replace(tokens, words=words[:-1].unflatten(0, tokens.input_ids.shape), dec_word=words[-1])
 
     def project_image(self, image_embeds: Tensor) -> ImageKV:
         """Every cross-attention's keys and values of images float[B, P, C]."""
@@ -344,7 +346,11 @@ class QFormer(nn.Module):
     def _embed_text(self, tokens: TextTokens, real: RealTokens) -> Tensor:
         batch, length = tokens.input_ids.shape
         positions = torch.arange(length, device=tokens.input_ids.device).expand(batch, length)
-        return self.embeddings(real.pack(tokens.input_ids), real.pack(positions))
+        if tokens.words is None:
+            words = self.embeddings.word_embeddings(real.pack(tokens.input_ids))
+        else:
+            words = real.pack(tokens.words)
+        return self.embeddings(words, real.pack(positions))
 
 
 def _behind(first: KeysValues, second: KeysValues) -> KeysValues:

@@ -28,7 +28,8 @@ class QFormerDecoder:
     def step(self, ids: Tensor) -> Tensor:
         """The next token int64[R] of every row -> logits [R, V] of the one after it."""
         qformer = self._qformer
-        hidden = qformer.embeddings(ids, torch.full_like(ids, self._length))
+        words = qformer.embeddings.word_embeddings(ids)
+        hidden = qformer.embeddings(words, torch.full_like(ids, self._length))
         for index, layer in enumerate(qformer.layers):
             new = layer.attention.keys_values(hidden)
             key, value = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.models.rows import take_rows
 
 DEC = "[DEC]"
 SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "worlds" / "shapes" / "tokenizer"
@@ -23,31 +24,40 @@ class TextTokens:
 
     input_ids: int64[B, T], beginning with [CLS] and ending with [SEP].
     attention_mask: bool[B, T], True at real tokens.
+    words, dec_word: float[B, T, D] and [D], the embeddings of the tokens and of [DEC], once `QFormer.look_up` found
+        them; else they are looked up where they are needed.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    words: Tensor | None = None
+    dec_word: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> TextTokens:
         """The chosen rows, in that order, at the same width."""
-        return TextTokens(self.input_ids[rows], self.attention_mask[rows])
+        words = None if self.words is None else take_rows(self.words, rows)
+        return replace(
+            self, input_ids=self.input_ids[rows], attention_mask=self.attention_mask[rows], words=words
+        )
 
     def to(self, device: torch.device | str) -> TextTokens:
-        """The same tokens on another device."""
+        """The same tokens on another device, to be looked up there."""
         return TextTokens(self.input_ids.to(device), self.attention_mask.to(device))
 
     def padded(self, length: int) -> TextTokens:
-        """At least `length` wide: ranks that exchange texts need one width."""
+        """At least `length` wide, to be looked up: ranks that exchange texts need one width."""
         more = max(0, length - self.input_ids.shape[1])
         return TextTokens(F.pad(self.input_ids, (0, more)), F.pad(self.attention_mask, (0, more)))
 
     def trimmed(self) -> TextTokens:
         """Without the columns that are padding in every row."""
         longest = int(self.attention_mask.sum(1).max())
-        return TextTokens(self.input_ids[:, :longest], self.attention_mask[:, :longest])
+        words = None if self.words is None else self.words[:, :longest]
+        ids, mask = self.input_ids[:, :longest], self.attention_mask[:, :longest]
+        return replace(self, input_ids=ids, attention_mask=mask, words=words)
 
     def for_decoding(self, dec_id: int) -> tuple[TextTokens, Tensor]:
         """What the decoder reads, ([DEC] w1 .. wn), and the next tokens it shall say, (w1 .. wn [SEP]).
@@ -58,7 +68,10 @@ class TextTokens:
         """
         ids, mask = self.input_ids[:, :-1].clone(), self.attention_mask[:, 1:]
         ids[:, 0] = dec_id
-        return TextTokens(ids, mask), self.input_ids[:, 1:][mask]
+        words = None
+        if self.words is not None and self.dec_word is not None:
+            words = torch.cat([self.dec_word.expand(len(self), 1, -1), self.words[:, 1:-1]], 1)
+        return TextTokens(ids, mask, words), self.input_ids[:, 1:][mask]
 
 
 class TextTokenizer:
