@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.binding import bind
-from lavis_lite.common.errors import CheckpointError, ConfigError, InputError
+from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.registry import registry
-from lavis_lite.models.answers import QUESTION, Asked, asked_of, check_list, fill, questions_in
+from lavis_lite.models.answers import QUESTION, Asked, Generated, QuestionAnswering, asked_of, fill
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.language.loading import LanguageModelConfig
 from lavis_lite.models.qformer import QFormerConfig
-from lavis_lite.models.ranking import log_likelihoods
 from lavis_lite.models.text_side import TEXT_SIDE, has_text_side, load_text_side
 from lavis_lite.models.vision.tower import validate_vision_config
 from lavis_lite.samples import complete_questions, complete_samples, image_of
@@ -33,18 +31,10 @@ from lavis_lite.samples import complete_questions, complete_samples, image_of
 STAGE1_HEADS = (r"^(vision_proj|text_proj|itm_head)\.", r"^temp$", r"^Qformer\.cls\.")
 
 
-@dataclass(frozen=True)
-class Generated:
-    """texts: B * num_captions, an image's together, best first. scores: float[B * num_captions], see `Decoded`."""
-
-    texts: list[str]
-    scores: Tensor
-
-
 @registry.register_model("blip2_opt")
 @registry.register_model("blip2_t5")
 @registry.register_model("blip2_lm")
-class Blip2Generative(Blip2Base):
+class Blip2Generative(Blip2Base, QuestionAnswering):
     """Frozen image encoder, Q-Former, one linear layer, frozen language model of either family.
 
     Trained are the Q-Former (without what only text needs, unless it reads questions) and the layer, by the language
@@ -286,101 +276,6 @@ class Blip2Generative(Blip2Base):
         return self._continue(samples, self._wrapped(asked), rules, search)
 
     @torch.no_grad()
-    def predict_answers(
-        self,
-        samples: Mapping[str, Any],
-        num_beams: int = 5,
-        inference_method: Literal["generate", "rank"] = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
-        num_ans_candidates: int = 128,
-        answer_list: Sequence[str] | None = None,
-        prompt: str = "",
-        length_penalty: float = -1.0,
-    ) -> list[str]:
-        """Answers to questions about pictures (section 4.1): one text an image.
-
-        Args:
-            samples: {"image": [B, 3, H, W], "text_input": one question, or one an image}.
-            inference_method: "generate" searches with `num_beams`; "rank" chooses the likeliest of a closed list.
-            max_len, min_len: of generated answers in new tokens, without the end.
-            num_ans_candidates: so many answers of the list, those with the likeliest first token, are scored whole.
-            answer_list: what "rank" chooses from.
-            prompt: a template such as "Question: {} Short answer:"; by default the model's own, and without a place
-                for a question in that the question alone.
-            length_penalty: of "generate": beams are ranked by log-probability / length ** length_penalty, so that -1
-                prefers short answers.
-
-        Raises InputError for questions that don't fit the images, a template without a place for them, or "rank"
-        without a list.
-        """
-        return self.predict_answers_with_scores(
-            samples,
-            num_beams=num_beams,
-            inference_method=inference_method,
-            max_len=max_len,
-            min_len=min_len,
-            num_ans_candidates=num_ans_candidates,
-            answer_list=answer_list,
-            prompt=prompt,
-            length_penalty=length_penalty,
-        ).texts
-
-    @torch.no_grad()
-    def predict_answers_with_scores(
-        self,
-        samples: Mapping[str, Any],
-        *,
-        num_beams: int = 5,
-        inference_method: Literal["generate", "rank"] = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
-        num_ans_candidates: int = 128,
-        answer_list: Sequence[str] | None = None,
-        prompt: str = "",
-        length_penalty: float = -1.0,
-    ) -> Generated:
-        """`predict_answers` with each answer's score: as of `generate_with_scores`, or ranked, log p(answer)."""
-        if inference_method not in ("generate", "rank"):
-            raise InputError(f"inference_method '{inference_method}' is neither generate nor rank")
-        if inference_method == "rank":
-            answers = check_list(answer_list, num_ans_candidates)
-            ranked = self.score_answers(
-                samples, answers, prompt=prompt, num_ans_candidates=num_ans_candidates
-            )
-            best = ranked.max(1)
-            return Generated([answers[place] for place in best.indices.tolist()], best.values)
-        asked = questions_in(samples, template=prompt, own=self.prompt)
-        rules = DecodingRules(
-            end_id=self.language_model.end_id,
-            max_length=max_len,
-            min_length=min(min_len, max_len),
-            length_penalty=length_penalty,
-        )
-        return self._continue(samples, self._wrapped(asked), rules, Search(num_beams))
-
-    @torch.no_grad()
-    def score_answers(
-        self,
-        samples: Mapping[str, Any],
-        answer_list: Sequence[str],
-        *,
-        prompt: str = "",
-        num_ans_candidates: int = 128,
-    ) -> Tensor:
-        """log p(answer | image, question) float32[B, A] of A listed answers, each with the token that ends it.
-
-        Visual prompt and question are read once an image, whatever the number of answers. Arguments and errors as of
-        `predict_answers`; answers that are no candidates get -inf.
-        """
-        answers = check_list(answer_list, num_ans_candidates)
-        asked = self._wrapped(questions_in(samples, template=prompt, own=self.prompt))
-        visual = self.visual_prompt(image_of(samples).to(self.device), asked.questions)
-        decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=1)
-        ids = self.language_model.answer_ids(asked.prompts, answers, max_length=self.max_txt_len)
-        return log_likelihoods(decoder, ids, keep=num_ans_candidates, device=visual.device)
-
-    @torch.no_grad()
     def chat(
         self,
         image: Tensor,
@@ -406,10 +301,6 @@ class Blip2Generative(Blip2Base):
         prompt = self.language_model.conversation(history, message)
         answer = self._continue(samples, Asked([prompt], [message]), rules, Search(num_beams)).texts[0]
         return answer, [*history, (message, answer)]
-
-    def _wrapped(self, asked: Asked) -> Asked:
-        """With the language model's prompts in its chat format, where it has one; a Q-Former knows none."""
-        return Asked(self.language_model.wrapped(asked.prompts), asked.questions)
 
     def _continue(
         self, samples: Mapping[str, Any], asked: Asked, rules: DecodingRules, search: Search
