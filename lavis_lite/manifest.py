@@ -39,6 +39,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "task": {
         "lavis_lite.tasks.pretrain": ["image_text_pretrain"],
         "lavis_lite.tasks.captioning": ["captioning"],
+        "lavis_lite.tasks.vqa": ["vqa"],
         "lavis_lite.worlds.shapes.vit_task": ["shapes_probe"],
         "lavis_lite.worlds.shapes.caption_task": ["shapes_captioning"],
         "lavis_lite.worlds.shapes.lm_task": ["shapes_reading"],
