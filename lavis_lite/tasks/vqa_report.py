@@ -77,18 +77,22 @@ def accuracy_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: all questions, then each answer type, then each question type, as far as measured.
 
-    types: the groups with their sizes; without them, as for a summary of metrics alone, names are the metrics' own.
+    types: the groups with their names and sizes; without them, as in a summary of metrics alone, names are the
+    metrics' own and sizes aren't shown.
     """
-    sizes = {score.metric: (score.name, str(score.count)) for score in types}
+    known = {score.metric: score for score in types}
     rows = []
     if "accuracy" in metrics:
         rows.append(["all", f"{metrics['accuracy']:.3f}", f"{metrics.get('num_questions', 0):.0f}"])
-    for kind in KINDS:
-        for metric, value in metrics.items():
-            if metric.startswith(f"{kind}/"):
-                name, size = sizes.get(metric, (metric.partition("/")[2].replace("_", " "), "-"))
-                rows.append([f"{KINDS[kind]}: {name}", f"{value:.3f}", size])
-    return ["accuracy of", "accuracy", "questions"], rows
+    for metric, value in metrics.items():
+        kind, _, slug = metric.partition("/")
+        if kind in KINDS:
+            score = known.get(metric)
+            name = score.name if score else slug.replace("_", " ")
+            rows.append([f"{KINDS[kind]}: {name}", f"{value:.3f}", str(score.count) if score else ""])
+    columns = 3 if types else 2
+    header = ["accuracy of", "accuracy", "questions"]
+    return header[:columns], [row[:columns] for row in rows]
 
 
 def size_line(metrics: Mapping[str, float]) -> str:
