@@ -31,6 +31,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
     },
     "builder": {
         "lavis_lite.datasets.builders": ["image_text"],
+        "lavis_lite.datasets.vqa_builder": ["vqa"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
         "lavis_lite.worlds.shapes.vit_data": ["shapes_rendered"],
         "lavis_lite.worlds.shapes.lm_data": ["shapes_documents"],
@@ -38,6 +39,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "task": {
         "lavis_lite.tasks.pretrain": ["image_text_pretrain"],
         "lavis_lite.tasks.captioning": ["captioning"],
+        "lavis_lite.tasks.vqa": ["vqa"],
         "lavis_lite.worlds.shapes.vit_task": ["shapes_probe"],
         "lavis_lite.worlds.shapes.caption_task": ["shapes_captioning"],
         "lavis_lite.worlds.shapes.lm_task": ["shapes_reading"],

@@ -25,6 +25,15 @@ class ImageTextSamples(TypedDict):
     image_id: Tensor
 
 
+class QuestionSamples(ImageTextSamples):
+    """A batch of questions about pictures with their answers, every field always present.
+
+    text_input: the B questions. text_output: B answers, what a language model learns to say.
+    """
+
+    text_output: list[str]
+
+
 def image_of(samples: Mapping[str, Any]) -> Tensor:
     """The images of a caller's dictionary; InputError when they are absent or not [B, 3, H, W]."""
     image = samples.get("image")
@@ -45,12 +54,7 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
     """
     image = image_of(samples)
     batch = image.shape[0]
-    texts = samples.get("text_input")
-    texts = [texts] * batch if isinstance(texts, str) else texts
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise InputError("samples['text_input'] must be a string or a list of strings, one for each image")
-    if len(texts) != batch:
-        raise InputError(f"samples['text_input'] has {len(texts)} texts for {batch} images")
+    texts = texts_of(samples, "text_input", batch=batch)
     image_id = samples.get("image_id")
     if image_id is None:
         image_id = -1 - (torch.arange(batch) + dist.rank() * 2**32)
@@ -59,7 +63,31 @@ def complete_samples(samples: Mapping[str, Any]) -> ImageTextSamples:
         raise InputError(
             f"samples['image_id'] must have {batch} numbers, one an image, not {list(ids.shape)}"
         )
-    return {"image": image, "text_input": list(texts), "image_id": ids.to(image.device)}
+    return {"image": image, "text_input": texts, "image_id": ids.to(image.device)}
+
+
+def complete_questions(samples: Mapping[str, Any]) -> QuestionSamples:
+    """The typed batch of questions and answers behind a caller's dictionary.
+
+    Raises InputError as `complete_samples`, and for an answer that is absent or empty: a batch of a split without
+    answers can't be learnt from.
+    """
+    batch = complete_samples(samples)
+    answers = texts_of(samples, "text_output", batch=len(batch["image"]))
+    if not all(answer.strip() for answer in answers):
+        raise InputError("samples['text_output'] has an empty answer: these questions come without answers")
+    return {**batch, "text_output": answers}
+
+
+def texts_of(samples: Mapping[str, Any], key: str, *, batch: int) -> list[str]:
+    """One text an image: `samples[key]`, a string for all or a list of one each; InputError for anything else."""
+    texts = samples.get(key)
+    texts = [texts] * batch if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"samples['{key}'] must be a string or a list of strings, one for each image")
+    if len(texts) != batch:
+        raise InputError(f"samples['{key}'] has {len(texts)} texts for {batch} images")
+    return list(texts)
 
 
 def prompts_of(samples: Mapping[str, Any], *, batch: int, default: str) -> list[str]:

@@ -65,3 +65,18 @@ def test_only_the_graph_of_the_plain_side_reaches_frozen_weights(stage2_step: An
         vision = [p.grad is not None for p in plain.hf.vision_model.encoder.parameters()]
         assert any(language_model) == any(vision) == expected
         assert plain.hf.query_tokens.grad is not None
+
+
+def test_ranking_is_measured_where_scores_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    vqa_rank = importlib.import_module("vqa_rank")
+    result = tmp_path / "result.json"
+    vqa_rank.main(["--tiny", "--images", "2", "--answers", "12", "--rounds", "1", "--json", str(result)])
+    cases = json.loads(result.read_text())["cases"]
+    assert [case["family"] for case in cases] == ["opt", "t5"]
+    assert all(case["ratio"] > 0 and case["largest_difference"] < 1e-3 for case in cases)
+    model = vqa_rank.build("opt", vqa_rank.TINY, seed=0)
+    plain = vqa_rank.Plain(vqa_rank.build("opt", vqa_rank.TINY, seed=1))
+    images = vqa_rank.draw_images(2, vqa_rank.TINY, torch.Generator().manual_seed(0))
+    with pytest.raises(SystemExit, match="scores differ"):
+        vqa_rank.compare(model, plain, images, ["w1", "w2"], ["w3", "w4 w5"], rounds=1)

@@ -20,11 +20,12 @@ PAPER = REPOSITORY / "projects/blip2/paper"
 STAGE1 = {"vitg": 1680, "vitl": 2320}
 STAGE2 = {"opt": 1920, "t5": 1520}
 CAPTION_DECAY = {"opt2.7b": 1.0, "opt6.7b": 0.95, "flant5xl": 1.0}
+VQA_DECAY = {"opt2.7b": 0.95, "opt6.7b": 0.9, "flant5xl": 0.95}
 GPUS = 16
 
 
 def test_none_is_overlooked() -> None:
-    assert len(PROJECTS) >= 18 and len(MODELS) >= 15
+    assert len(PROJECTS) >= 24 and len(MODELS) >= 15
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
@@ -84,3 +85,50 @@ def test_caption_fine_tuning_has_the_papers_numbers(llm: str) -> None:
     encoder = config.model["vision_encoder"]
     assert not encoder["freeze"] and encoder["precision"] == "fp32" and encoder["image_size"] == 364
     assert config.model["prompt"] == config.task["prompt"] == "a photo of"
+
+
+def prompt_of(llm: str) -> str:
+    return "Question: {} Short answer:" if llm == "flant5xl" else "Question: {} Answer:"
+
+
+@pytest.mark.parametrize("llm", VQA_DECAY)
+def test_vqa_fine_tuning_has_the_papers_numbers(llm: str) -> None:
+    config = load_config(PAPER / f"vqav2_ft_{llm}.yaml")
+    run = config.run
+    assert run.batch_size_train * GPUS == 128 and run.max_epochs == 5
+    assert (run.init_lr, run.warmup_steps, run.betas) == (1e-5, 1000, (0.9, 0.999))
+    assert run.lr_layer_decay == VQA_DECAY[llm] and run.weight_decay == 0.05
+    model = config.model
+    encoder = model["vision_encoder"]
+    assert not encoder["freeze"] and encoder["precision"] == "fp32" and encoder["image_size"] == 490
+    assert model["qformer_text_input"] and model["qformer_text_from"] == "output/pretrain_stage1_vitg"
+    assert model["pretrained"] == f"output/pretrain_stage2_vitg_{llm}" and model["prompt"] == prompt_of(llm)
+    for section in config.datasets.values():
+        sizes = {section["vis_processor"][kind]["image_size"] for kind in ("train", "eval")}
+        assert sizes == {490} and section["text_processor"]["train"]["name"] == "blip_question"
+    assert len(config.datasets["vqav2"]["train"]) == 2 and config.datasets["vqav2"]["val"] is None
+    with torch.device("meta"):
+        built = registry.get_model_class(model["arch"]).from_config({**model, "tokenizer": "shapes"})
+    assert built.visual_prompt is not None and built.takes_questions
+
+
+@pytest.mark.parametrize("name", ["vqa_ft", "vqa_ft_t5", "vqa_zeroshot"])
+def test_questions_on_the_embedded_world(name: str) -> None:
+    config = load_config(REPOSITORY / "projects/blip2" / f"{name}.yaml")
+    family = "t5" if name.endswith("t5") else "opt"
+    assert config.model["prompt"] == prompt_of("flant5xl" if family == "t5" else "opt2.7b")
+    assert config.task == {"name": "vqa", "num_beams": 5, "max_len": 10, "length_penalty": -1}
+    assert list(config.datasets) == ["shapes_vqa"] and config.model["arch"] == f"blip2_{family}"
+    if name == "vqa_zeroshot":
+        assert "qformer_text_input" not in config.model
+        return
+    assert (
+        config.model["qformer_text_input"] and config.model["qformer_text_from"] == "output/pretrain_stage1"
+    )
+    assert config.model["pretrained"] == f"output/pretrain_stage2{'_t5' if family == 't5' else ''}"
+    assert (config.run.batch_size_train, config.run.max_steps) == (64, 1400)
+    if not EMBEDDED[f"shapes_{family}"].is_dir():
+        pytest.skip("this embedded language model is not shipped yet")
+    with torch.device("meta"):
+        model = registry.get_model_class(config.model["arch"]).from_config(config.model)
+    assert model.tokenizer.source == "shapes"

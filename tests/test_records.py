@@ -92,8 +92,8 @@ def test_coco_is_grouped_by_picture_in_the_order_of_images(tmp_path: Path) -> No
     }
     found = table(write(tmp_path / "captions.json", content))
     assert [tuple(record) for record in found] == [
-        ("9.jpg", ["nine"], 9, None, None),
-        ("4.jpg", ["four one", "four two"], 4, None, None),
+        ("9.jpg", ["nine"], 9, None, None, None),
+        ("4.jpg", ["four one", "four two"], 4, None, None, None),
     ]
 
 

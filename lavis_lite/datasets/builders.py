@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lavis_lite.common.binding import bind
 from lavis_lite.common.config import PRESETS, load_dataset_preset, merge
@@ -48,6 +48,20 @@ class SplitConfig:
     group_by_image: bool | None = None
     limit: int | None = None
 
+    def check(self, where: str) -> None:
+        """Raise ConfigError for keys that don't go together."""
+        if self.annotations is None and self.images is None:
+            raise ConfigError(
+                f"{where}: set {where}.annotations to a file, {where}.images to a folder, or both"
+            )
+        if self.annotations is not None and ".tar" in Path(self.annotations).suffixes:
+            raise ConfigError(
+                f"{where}.annotations: '{self.annotations}' are shards, which this version can't read; "
+                f"unpack them to a folder of pictures with .txt files beside them and set {where}.images to it "
+                f"(and {where}.annotations=null)"
+            )
+        check_limit(self.limit, where)
+
 
 @registry.register_builder("image_text")
 class ImageTextBuilder:
@@ -65,7 +79,13 @@ class ImageTextBuilder:
         limit: only so many rows of each source, for trials.
 
     Raises ConfigError with the YAML path of what is wrong.
+
+    split_class, dataset_class, default_text: what a builder of other rows replaces.
     """
+
+    split_class: ClassVar[type] = SplitConfig
+    dataset_class: ClassVar[Callable[..., MapDataset]] = ImageTextDataset
+    default_text: ClassVar[Mapping[str, Any]] = DEFAULT_TEXT
 
     def __init__(
         self,
@@ -82,17 +102,36 @@ class ImageTextBuilder:
         ratio: float | None = None,
         limit: int | None = None,
     ) -> None:
+        self._set_up(
+            name,
+            root,
+            {"train": train, "val": val, "test": test},
+            {"format": format, "fields": fields, "limit": limit},
+            vis_processor,
+            text_processor,
+            ratio,
+        )
+
+    def _set_up(
+        self,
+        name: str,
+        root: str | None,
+        splits: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        vis_processor: Mapping[str, Any] | None,
+        text_processor: Mapping[str, Any] | None,
+        ratio: float | None,
+    ) -> None:
+        """Check and keep the configuration; defaults: of the keys of `split_class`."""
         self.name = name
         self.ratio = ratio
         self._root = root
         where = f"datasets.{name}"
         self.vis_processors = _processors(vis_processor, DEFAULT_VIS, where=f"{where}.vis_processor")
-        self.text_processors = _processors(text_processor, DEFAULT_TEXT, where=f"{where}.text_processor")
-        defaults = {"format": format, "fields": fields, "limit": limit}
-        configured = {"train": train, "val": val, "test": test}
+        self.text_processors = _processors(text_processor, self.default_text, where=f"{where}.text_processor")
         self.splits = {
-            split: _split_configs(section, defaults, where=f"{where}.{split}")
-            for split, section in configured.items()
+            split: _split_configs(self.split_class, section, defaults, where=f"{where}.{split}")
+            for split, section in splits.items()
             if section
         }
         if not self.splits:
@@ -128,7 +167,7 @@ class ImageTextBuilder:
         for part, source in zip(parts, sources, strict=True):
             _probe_images(part.records, source)
         kind = "train" if split == "train" else "eval"
-        return ImageTextDataset(
+        return type(self).dataset_class(
             parts,
             vis_processor=self.vis_processors[kind],
             text_processor=self.text_processors[kind],
@@ -141,18 +180,20 @@ class ImageTextBuilder:
         places = [where] if len(configs) == 1 else [f"{where}[{number}]" for number in range(len(configs))]
         return [self._source(config, split, place) for config, place in zip(configs, places, strict=True)]
 
-    def _source(self, config: SplitConfig, split: str, where: str) -> Source:
-        annotations = None
-        if config.annotations is not None:
-            key = f"{where}.annotations"
-            annotations = self._resolve(config.annotations, "annotation file", key, Path.is_file)
-        images = self._resolve(config.images or ".", "image folder", f"{where}.images", Path.is_dir)
+    def _file(self, path: str | None, key: str) -> Path | None:
+        """Where a configured annotation file is; None where none is configured."""
+        return None if path is None else self._resolve(path, "annotation file", key, Path.is_file)
+
+    def _images(self, path: str | None, where: str) -> Path:
+        return self._resolve(path or ".", "image folder", f"{where}.images", Path.is_dir)
+
+    def _source(self, config: Any, split: str, where: str) -> Source:
         return Source(
-            annotations=annotations,
-            images=images,
+            annotations=self._file(config.annotations, f"{where}.annotations"),
+            images=self._images(config.images, where),
             format=config.format,
             fields=config.fields or Fields(),
-            select=_selection(config.where),
+            select=selection(config.where),
             group_by_image=split != "train" if config.group_by_image is None else config.group_by_image,
             limit=config.limit,
             where=where,
@@ -204,30 +245,30 @@ def build_dataset_from_preset(name: str, overrides: Mapping[str, Any] | None = N
     return build_datasets({name: merge(load_dataset_preset(name), overrides or {})})[name]
 
 
-def _split_configs(section: Any, defaults: Mapping[str, Any], *, where: str) -> list[SplitConfig]:
+def _split_configs(split_class: type, section: Any, defaults: Mapping[str, Any], *, where: str) -> list[Any]:
     """A split's sources; a list holds several, whose rows follow each other."""
     if isinstance(section, Mapping):
-        return [_split_config(section, defaults, where=where)]
+        return [_split_config(split_class, section, defaults, where=where)]
     if isinstance(section, (list, tuple)):
         return [
-            _split_config(item, defaults, where=f"{where}[{number}]") for number, item in enumerate(section)
+            _split_config(split_class, item, defaults, where=f"{where}[{number}]")
+            for number, item in enumerate(section)
         ]
     raise ConfigError(f"{where}: expected {where}.annotations and {where}.images, got {section!r}")
 
 
-def _split_config(section: Mapping[str, Any], defaults: Mapping[str, Any], *, where: str) -> SplitConfig:
-    config = SplitConfig(**bind(SplitConfig, merge(defaults, section), where=where))
-    if config.annotations is None and config.images is None:
-        raise ConfigError(f"{where}: set {where}.annotations to a file, {where}.images to a folder, or both")
-    if config.annotations is not None and ".tar" in Path(config.annotations).suffixes:
-        raise ConfigError(
-            f"{where}.annotations: '{config.annotations}' are shards, which this version can't read; "
-            f"unpack them to a folder of pictures with .txt files beside them and set {where}.images to it "
-            f"(and {where}.annotations=null)"
-        )
-    if config.limit is not None and config.limit < 1:
-        raise ConfigError(f"{where}.limit must be at least 1, got {config.limit}")
+def _split_config(
+    split_class: type, section: Mapping[str, Any], defaults: Mapping[str, Any], *, where: str
+) -> Any:
+    config = split_class(**bind(split_class, merge(defaults, section), where=where))
+    config.check(where)
     return config
+
+
+def check_limit(limit: int | None, where: str) -> None:
+    """Raise ConfigError for a limit that leaves no row."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"{where}.limit must be at least 1, got {limit}")
 
 
 def _processors(
@@ -242,7 +283,8 @@ def _processors(
     return {key: build_processor(merged[key], where=f"{where}.{key}") for key in defaults}
 
 
-def _selection(where: Mapping[str, Any] | None) -> dict[str, list[str]]:
+def selection(where: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """A split's `where` as lists of strings, whatever it was written as."""
     return {
         str(name): [str(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
         for name, values in (where or {}).items()

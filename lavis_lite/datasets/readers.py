@@ -30,14 +30,34 @@ Fielded = Iterator[tuple[Place, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question about a picture.
+
+    id: its number or name as JSON text, so that it is written again as it was read. answers: those people gave,
+    each as often as it was given; none where the file tells none. answer_type, question_type: what scores are
+    reported by; None where the file doesn't tell.
+    """
+
+    text: str
+    id: str
+    answers: list[str]
+    answer_type: str | None = None
+    question_type: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row of a file: `problem` says why it can't be used, None when it can. group: see `Fields`."""
+    """One row of a file: `problem` says why it can't be used, None when it can. group: see `Fields`.
+
+    question: what is asked of the picture; None for a picture with captions.
+    """
 
     image: str
     captions: list[str] = field(default_factory=list)
     image_id: Any = None
     problem: str | None = None
     group: str | None = None
+    question: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -68,26 +88,26 @@ def read_rows(
     """
     kind = path_format(path) if format == "auto" else format
     if kind == "json":
-        content = _load_json(path, lines_too=format == "auto")
+        content = load_json(path, lines_too=format == "auto")
         if isinstance(content, dict):
             return _annotated(path, content, fields, select, where)
         if isinstance(content, list):
-            return _mapped(path, _numbered(path, content), fields, select, where)
+            return _mapped(path, numbered(path, content), fields, select, where)
         return _mapped(path, _jsonl(path), fields, select, where)
     if kind in ("coco", "karpathy"):
-        content = _load_json(path, lines_too=False)
+        content = load_json(path, lines_too=False)
         if isinstance(content, list) and kind == "karpathy":
-            return _mapped(path, _numbered(path, content), fields, select, where)
+            return _mapped(path, numbered(path, content), fields, select, where)
         return _annotated(path, content, fields, select, where)
-    return _mapped(path, _STREAMS[kind](path), fields, select, where)
+    return _mapped(path, STREAMS[kind](path), fields, select, where)
 
 
 def path_format(path: Path) -> str:
     """The format that a file's suffix tells; raises DataError for a suffix of none."""
     suffix = path.suffix.lower().lstrip(".")
     kind = {"ndjson": "jsonl", "pq": "parquet"}.get(suffix, suffix)
-    if kind not in (*_STREAMS, "json"):
-        raise DataError(f"{path}: unknown suffix '.{suffix}'; name its format: json, {', '.join(_STREAMS)}")
+    if kind not in (*STREAMS, "json"):
+        raise DataError(f"{path}: unknown suffix '.{suffix}'; name its format: json, {', '.join(STREAMS)}")
     return kind
 
 
@@ -103,11 +123,11 @@ def _mapped(
     for place, record in rows:
         if not names:
             names = _names(path, record, fields, where)
-        if not _selected(path, place, record, select, where):
+        if not is_selected(path, place, record, select, where):
             continue
         for role, name in names.items():
             if name not in record:
-                raise DataError(_missing(path, place, role, name, record, where))
+                raise DataError(missing_field(path, place, role, name, record, where))
         number = record[names["image_id"]] if "image_id" in names else None
         row = _row(path, place, record[names["image"]], record[names["caption"]], number)
         yield _grouped(row, path, place, record, fields, where)
@@ -123,15 +143,18 @@ def _field(path: Path, record: Mapping[str, Any], fields: Fields, role: str, whe
     declared: str | None = getattr(fields, role)
     if declared is not None:
         if declared not in record:
-            raise DataError(_missing(path, "", role, declared, record, where))
+            raise DataError(missing_field(path, "", role, declared, record, where))
         return declared
     usual = next((name for name in USUAL_NAMES[role] if name in record), None)
     if usual is None and role != "image_id":
-        raise DataError(_missing(path, "", role, USUAL_NAMES[role][0], record, where))
+        raise DataError(missing_field(path, "", role, USUAL_NAMES[role][0], record, where))
     return usual
 
 
-def _missing(path: Path, place: Place, role: str, name: str, record: Mapping[str, Any], where: str) -> str:
+def missing_field(
+    path: Path, place: Place, role: str, name: str, record: Mapping[str, Any], where: str
+) -> str:
+    """What to tell a user whose row lacks the field `name` for a role."""
     there = [str(key) for key in record]
     hint = closest(name, there)
     return (
@@ -142,9 +165,10 @@ def _missing(path: Path, place: Place, role: str, name: str, record: Mapping[str
     )
 
 
-def _selected(
+def is_selected(
     path: Path, place: Place, record: Mapping[str, Any], select: Mapping[str, list[str]], where: str
 ) -> bool:
+    """Whether a row has one of the wanted values in each field of `select`; DataError without such a field."""
     for name, values in select.items():
         if name not in record:
             there = ", ".join(str(key) for key in record)
@@ -182,7 +206,7 @@ def _grouped(
     if fields.group is None:
         return row
     if fields.group not in record:
-        raise DataError(_missing(path, place, "group", fields.group, record, where))
+        raise DataError(missing_field(path, place, "group", fields.group, record, where))
     value = record[fields.group]
     return row if value is None or value == "" else replace(row, group=str(value))
 
@@ -190,8 +214,8 @@ def _grouped(
 # --- json ---------------------------------------------------------------------------------------------------
 
 
-def _load_json(path: Path, *, lines_too: bool) -> Any:
-    """The file's content; None when it holds several values in a row (`lines_too`), as jsonl files do."""
+def load_json(path: Path, *, lines_too: bool) -> Any:
+    """A json file's content; None when it holds several values in a row (`lines_too`), as jsonl files do."""
     text = _decode(path, path.read_bytes())
     try:
         return json.loads(text)
@@ -204,7 +228,8 @@ def _load_json(path: Path, *, lines_too: bool) -> Any:
         raise DataError(f"{path}: broken json: nested too deeply") from error
 
 
-def _numbered(path: Path, rows: list[Any]) -> Fielded:
+def numbered(path: Path, rows: list[Any]) -> Fielded:
+    """The rows of a list with their places; DataError for one that has no fields."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected an object with fields, got {type(row).__name__}")
@@ -238,16 +263,16 @@ def _coco(
 ) -> Iterator[Row]:
     """One row for each picture that has captions, in the order of `images`."""
     captions: dict[Any, list[str]] = {}
-    for place, annotation in _within("annotations", _numbered(path, annotations)):
-        captions.setdefault(_need(path, place, annotation, "image_id"), []).append(
-            _need(path, place, annotation, "caption")
+    for place, annotation in _within("annotations", numbered(path, annotations)):
+        captions.setdefault(need_field(path, place, annotation, "image_id"), []).append(
+            need_field(path, place, annotation, "caption")
         )
     left_out = 0
-    for place, image in _within("images", _numbered(path, images)):
-        texts = captions.pop(_need(path, place, image, "id"), None)
+    for place, image in _within("images", numbered(path, images)):
+        texts = captions.pop(need_field(path, place, image, "id"), None)
         left_out += texts is None
-        if texts is not None and _selected(path, place, image, select, where):
-            row = _row(path, place, _need(path, place, image, "file_name"), texts, image["id"])
+        if texts is not None and is_selected(path, place, image, select, where):
+            row = _row(path, place, need_field(path, place, image, "file_name"), texts, image["id"])
             yield _grouped(row, path, place, image, fields, where)
     if left_out:
         logger.warning("%s: %d pictures have no caption and are left out", path, left_out)
@@ -259,12 +284,12 @@ def _karpathy(
     path: Path, images: list[Any], fields: Fields, select: Mapping[str, list[str]], where: str
 ) -> Iterator[Row]:
     """Files such as dataset_coco.json and dataset_flickr30k.json: captions within each picture's entry."""
-    for place, image in _within("images", _numbered(path, images)):
-        if not _selected(path, place, image, select, where):
+    for place, image in _within("images", numbered(path, images)):
+        if not is_selected(path, place, image, select, where):
             continue
-        name = _need(path, place, image, "filename")
-        sentences = _need(path, place, image, "sentences")
-        texts = [_need(path, place, sentence, "raw") for sentence in sentences]
+        name = need_field(path, place, image, "filename")
+        sentences = need_field(path, place, image, "sentences")
+        texts = [need_field(path, place, sentence, "raw") for sentence in sentences]
         folder = image.get("filepath")
         number = image.get("cocoid", image.get("imgid"))
         row = _row(path, place, f"{folder}/{name}" if folder else name, texts, number)
@@ -275,7 +300,7 @@ def _within(section: str, rows: Fielded) -> Fielded:
     return ((f"{section}, {place}", row) for place, row in rows)
 
 
-def _need(path: Path, place: Place, record: Mapping[str, Any], name: str) -> Any:
+def need_field(path: Path, place: Place, record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
         raise DataError(
             f"{path}, {place}: no field '{name}'; fields there: {', '.join(record)}; "
@@ -363,10 +388,10 @@ def _is_binary(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind))
 
 
-_STREAMS: dict[str, Callable[[Path], Fielded]] = {
+STREAMS: dict[str, Callable[[Path], Fielded]] = {
     "jsonl": _jsonl,
     "csv": _csv,
     "tsv": _tsv,
     "parquet": _parquet,
 }
-FORMATS = ("auto", "coco", "karpathy", "json", *_STREAMS)
+FORMATS = ("auto", "coco", "karpathy", "json", *STREAMS)

@@ -22,13 +22,22 @@ import pyarrow as pa
 from lavis_lite.common.errors import DataError
 from lavis_lite.common.io import atomic_dir, cache_dir
 from lavis_lite.datasets import folder, readers
-from lavis_lite.datasets.readers import Fields, Row
+from lavis_lite.datasets.readers import Asked, Fields, Row
 
 logger = logging.getLogger(__name__)
 
 # Raised when the table's layout or the meaning of a format changes, so that old tables are not read.
-LAYOUT = 3
+LAYOUT = 4
 ROWS_PER_BATCH = 16384
+QUESTION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("id", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("answer_type", pa.string()),
+        ("question_type", pa.string()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("image", pa.string()),
@@ -36,6 +45,7 @@ SCHEMA = pa.schema(
         ("image_id", pa.int64()),  # null where none is declared
         ("problem", pa.string()),  # null, or why the row can't be used
         ("group", pa.string()),  # null, or what an evaluation reports separately
+        ("question", QUESTION),  # null, or what is asked of the picture
     ]
 )
 
@@ -48,6 +58,7 @@ class Record(NamedTuple):
     image_id: int | None
     problem: str | None
     group: str | None = None
+    question: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,21 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """The annotation file, or the folder."""
+        """The annotation file, or the folder: what messages name."""
         return self.annotations or self.images
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the rows are read from; none for a folder."""
+        return (self.annotations,) if self.annotations else ()
+
+    def rows(self) -> Iterator[Row]:
+        """The rows as they are read; see `readers.read_rows` and `folder.read_rows`."""
+        if self.annotations is None:
+            return folder.read_rows(self.images, where=self.where)
+        return readers.read_rows(
+            self.annotations, format=self.format, fields=self.fields, select=self.select, where=self.where
+        )
 
 
 class RecordTable:
@@ -87,8 +111,8 @@ class RecordTable:
         return len(self._columns[0])
 
     def __getitem__(self, index: int) -> Record:
-        image, captions, image_id, problem, group = (column[index].as_py() for column in self._columns)
-        return Record(image, captions or [], image_id, problem, group)
+        image, captions, image_id, problem, group, asked = (c[index].as_py() for c in self._columns)
+        return Record(image, captions or [], image_id, problem, group, asked and Asked(**asked))
 
     def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
         return RecordTable, (self.path,)
@@ -116,12 +140,11 @@ def open_records(source: Source) -> RecordTable:
 
 
 def _check_readable(source: Source) -> None:
-    if source.annotations is None:
-        return
-    try:
-        source.annotations.open("rb").close()
-    except OSError as error:
-        raise DataError(f"can't read {source.annotations}: {error.strerror} ({source.where})") from error
+    for file in source.files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise DataError(f"can't read {file}: {error.strerror} ({source.where})") from error
 
 
 def _convert(source: Source, target: Path) -> None:
@@ -154,6 +177,7 @@ def _batch(rows: list[Row]) -> pa.RecordBatch:
         [_number(row.image_id) for row in rows],
         [row.problem for row in rows],
         [row.group for row in rows],
+        [asdict(row.question) if row.question else None for row in rows],
     ]
     arrays = [pa.array(column, type=kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
     return pa.record_batch(arrays, schema=SCHEMA)
@@ -175,18 +199,7 @@ def _number(image_id: Any) -> int | None:
 
 
 def _rows(source: Source) -> Iterator[Row]:
-    if source.annotations is None:
-        rows = folder.read_rows(source.images, where=source.where)
-    else:
-        rows = readers.read_rows(
-            source.annotations,
-            format=source.format,
-            fields=source.fields,
-            select=source.select,
-            where=source.where,
-        )
-    if source.group_by_image:
-        rows = _grouped(rows)
+    rows = _grouped(source.rows()) if source.group_by_image else source.rows()
     return itertools.islice(rows, source.limit) if source.limit is not None else rows
 
 
@@ -206,11 +219,11 @@ def _key(source: Source) -> str:
     """Names the table: changes with the file's path, size and time, and with everything that decides its
     rows.
     """
-    if source.annotations is None:
+    if not source.files:
         state: Any = folder.fingerprint(source.images)
     else:
-        status = source.annotations.stat()
-        state = [status.st_size, status.st_mtime_ns]
-    decides = asdict(replace(source, where="", images=Path() if source.annotations else source.images))
+        states = [(str(file.resolve()), file.stat()) for file in source.files]
+        state = [[name, status.st_size, status.st_mtime_ns] for name, status in states]
+    decides = asdict(replace(source, where="", images=Path() if source.files else source.images))
     text = json.dumps([LAYOUT, str(source.path.resolve()), state, decides], default=str, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]

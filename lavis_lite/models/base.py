@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ logger = get_logger(__name__)
 
 # Keys of a model section that choose what to build or load; all others are keywords of the class.
 SECTION_KEYS = ("arch", "model_type", "pretrained")
+# Keys that name another run's weights to begin with.
+SOURCES = ("pretrained", "qformer_text_from")
 
 
 class BaseModel(nn.Module):
@@ -129,9 +131,14 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
     return model
 
 
-def _without_what_it_holds(cfg: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A model section that leaves out loading what a checkpoint brings: its Q-Former's BERT, frozen parts if it has
-    them (Hugging Face's files do)."""
+def without_sources(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A model section for a run that goes on from a checkpoint of its own, which holds what other runs once gave."""
+    return {**cfg, **{key: None for key in SOURCES if key in cfg}}
+
+
+def _without_what_it_holds(cfg: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A model section that leaves out loading what a checkpoint brings: its Q-Former's BERT, the Q-Former's text side
+    and frozen parts if it has them (Hugging Face's files do)."""
     parts = {name.split(".")[0] for name in names if ".lora_" not in name}
     sections = {"qformer": "Qformer", "vision_encoder": "visual_encoder", "language_model": "language_model"}
     kept = dict(cfg)
@@ -139,4 +146,6 @@ def _without_what_it_holds(cfg: Mapping[str, Any], names: Iterable[str]) -> dict
         own = cfg.get(section)
         if part in parts and isinstance(own, Mapping) and own.get("pretrained"):
             kept[section] = {**own, "pretrained": None if section == "qformer" else False}
+    if cfg.get("qformer_text_from") and "Qformer.bert.embeddings.word_embeddings.weight" in names:
+        kept["qformer_text_from"] = None
     return kept

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,42 +14,31 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.binding import bind
-from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.models.answers import QUESTION, Asked, Generated, QuestionAnswering, asked_of, fill
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.language.loading import LanguageModelConfig
 from lavis_lite.models.qformer import QFormerConfig
+from lavis_lite.models.text_side import TEXT_SIDE, has_text_side, load_text_side
 from lavis_lite.models.vision.tower import validate_vision_config
-from lavis_lite.samples import complete_samples, image_of, prompts_of
+from lavis_lite.samples import complete_questions, complete_samples, image_of
 
-# What a stage-1 checkpoint holds that stage 2 has no place for: the heads, and all that only text needs.
-STAGE1_ONLY = (
-    r"^(vision_proj|text_proj|itm_head)\.",
-    r"^temp$",
-    r"^Qformer\.cls\.",
-    r"^Qformer\.bert\.embeddings\.(word|position)_embeddings\.",
-    r"^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.",
-)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """texts: B * num_captions, an image's together, best first. scores: float[B * num_captions], see `Decoded`."""
-
-    texts: list[str]
-    scores: Tensor
+# What a stage-1 checkpoint holds that stage 2 has no place for; where no question is read, the text side neither.
+STAGE1_HEADS = (r"^(vision_proj|text_proj|itm_head)\.", r"^temp$", r"^Qformer\.cls\.")
 
 
 @registry.register_model("blip2_opt")
 @registry.register_model("blip2_t5")
 @registry.register_model("blip2_lm")
-class Blip2Generative(Blip2Base):
+class Blip2Generative(Blip2Base, QuestionAnswering):
     """Frozen image encoder, Q-Former, one linear layer, frozen language model of either family.
 
-    Trained are the Q-Former (without what only text needs) and the layer, by the language model's loss on text.
+    Trained are the Q-Former (without what only text needs, unless it reads questions) and the layer, by the language
+    model's loss on text.
 
     Args:
         vision_encoder: `name` of a registered encoder and its keywords, `freeze`, `precision`, `pretrained`.
@@ -58,7 +46,13 @@ class Blip2Generative(Blip2Base):
         qformer: the Q-Former's shape.
         max_txt_len: prompts and targets are cut to so many of the language model's tokens.
         prompt: what every text follows. Empty: pre-training (language modelling, or prefix language modelling).
-            Else: only the text behind it is scored, as in caption fine-tuning ("a photo of").
+            Else: only the text behind it is scored, as in caption fine-tuning ("a photo of"). With a place for a
+            question ("Question: {} Answer:") the model learns answers: see `QuestionSamples`.
+        qformer_text_input: the question's tokens enter the Q-Former too and meet the queries in its self-attention
+            (section 4.3, figure 7), so that the queries fetch what the question is about.
+        qformer_text_from: a stage-1 run or checkpoint to take the Q-Former's text side from, where `pretrained` has
+            none, as all stage-2 checkpoints.
+        tokenizer: of the questions that the Q-Former reads; as of stage 1.
     """
 
     optional_keys: ClassVar[tuple[str, ...]] = (r"^visual_encoder\.", r"^language_model\.")
@@ -71,12 +65,23 @@ class Blip2Generative(Blip2Base):
         qformer: QFormerConfig | None = None,
         max_txt_len: int = 32,
         prompt: str = "",
+        qformer_text_input: bool = False,
+        qformer_text_from: str | None = None,
+        tokenizer: str = "bert-base-uncased",
     ) -> None:
         config = qformer or QFormerConfig()
         super().__init__(
-            vision_encoder=vision_encoder, qformer=config, tokenizer=None, max_txt_len=max_txt_len
+            vision_encoder=vision_encoder,
+            qformer=config,
+            tokenizer=tokenizer if qformer_text_input else None,
+            max_txt_len=max_txt_len,
+            language_head=False,
         )
         self.prompt = prompt
+        self.qformer_text_input = qformer_text_input
+        self.qformer_text_from = qformer_text_from
+        if qformer_text_input:
+            self._text_ffn_that_nobody_reads().requires_grad_(False)
         self.language_model = build_language_model(language_model)
         self.llm_proj = nn.Linear(config.hidden_size, self.language_model.width)
 
@@ -90,11 +95,36 @@ class Blip2Generative(Blip2Base):
         registry.get_language_model_class(config.name).check_precision(config.precision)
         if keywords.get("max_txt_len", 32) < 2:
             raise ConfigError(f"{where}.max_txt_len: must be at least 2, got {keywords['max_txt_len']}")
+        _check_question_keys(keywords, where)
+
+    @property
+    def takes_questions(self) -> bool:
+        """Whether the prompt has a place for a question, so that the texts learnt are answers."""
+        return QUESTION in self.prompt
 
     def load_backbones(self) -> None:
-        """Load the encoder's and the language model's pretrained weights, where the config asked for them."""
+        """Load the encoder's and the language model's pretrained weights, and the Q-Former's text side, where the
+        config asked for them."""
         super().load_backbones()
         self.language_model.load_pretrained()
+        if self.qformer_text_from:
+            load_text_side(self, self.qformer_text_from)
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """As of `BaseModel`; the Q-Former's text side whole, as other projects' checkpoints have it."""
+        kept = super().trainable_state_dict()
+        if self.qformer_text_input:
+            last = f"Qformer.bert.encoder.layer.{len(self.Qformer.layers) - 1}"
+            names = (f"{last}.{name}" for name, _ in self._text_ffn_that_nobody_reads().named_parameters())
+            own = self.state_dict()
+            kept |= {name: own[name] for name in names}
+        return kept
+
+    def _text_ffn_that_nobody_reads(self) -> nn.ModuleDict:
+        # The last block's output is read at the queries alone. Trained in name only, it would keep DDP waiting.
+        last = self.Qformer.layers[-1]
+        assert last.intermediate is not None and last.output is not None
+        return nn.ModuleDict({"intermediate": last.intermediate, "output": last.output})
 
     def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A stage-2 checkpoint whole; of a stage-1 checkpoint what stage 2 goes on with.
@@ -103,9 +133,18 @@ class Blip2Generative(Blip2Base):
         """
         kept, optional = super().select_weights(tensors)
         stage1 = "itm_head.weight" in tensors
+        dropped: tuple[str, ...] = ()
         if stage1 or "Qformer.cls.predictions.bias" in tensors:
-            left = [re.compile(pattern) for pattern in STAGE1_ONLY]
-            kept = {name: tensor for name, tensor in kept.items() if not any(p.search(name) for p in left)}
+            dropped = STAGE1_HEADS if self.qformer_text_input else (*STAGE1_HEADS, *TEXT_SIDE)
+        left = [re.compile(pattern) for pattern in dropped]
+        kept = {name: tensor for name, tensor in kept.items() if not any(p.search(name) for p in left)}
+        if self.qformer_text_input and not has_text_side(kept):
+            if self.qformer_text_from is None:
+                raise CheckpointError(
+                    "model.qformer_text_input: the checkpoint's Q-Former reads no text, as in all of stage 2; set "
+                    "model.qformer_text_from to the stage-1 run that it goes back to"
+                )
+            optional = (*optional, *TEXT_SIDE)
         return kept, (*optional, r"^llm_proj\.") if stage1 else optional
 
     @property
@@ -114,28 +153,50 @@ class Blip2Generative(Blip2Base):
         return str(self.language_model.model.config.model_type)
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The language model's loss on a batch's texts.
+        """The language model's loss on a batch's texts, or on its answers where the prompt takes questions.
 
-        Returns: loss, the mean over the text tokens of all ranks' joined batch.
+        Returns: loss, the mean over the scored tokens of all ranks' joined batch.
         """
-        batch = complete_samples(samples)
-        visual = self.visual_prompt(batch["image"])
-        texts = batch["text_input"]
-        if self.prompt:
-            prompts = self.language_model.wrapped([self.prompt]) * len(texts)
-            losses = self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
-        else:
-            losses = self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
+        losses = self._answer_losses(samples) if self.takes_questions else self._text_losses(samples)
         count = torch.tensor([losses.numel()], device=losses.device)
         if self.training and dist.world_size() > 1:
             count = dist.all_gather(count)
         # A mean over the joined batch is the ranks' average of sums divided by this.
         return {"loss": losses.sum() / count.float().mean()}
 
-    def visual_prompt(self, image: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> [B, Q, L], in the place of so many token embeddings."""
-        queries = self.encode_queries(self.project_image(self.encode_image(image)))
-        prompt: Tensor = self.llm_proj(queries.output)
+    def _text_losses(self, samples: Mapping[str, Any]) -> Tensor:
+        batch = complete_samples(samples)
+        visual, texts = self.visual_prompt(batch["image"]), batch["text_input"]
+        if not self.prompt:
+            return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
+        prompts = self.language_model.wrapped([self.prompt]) * len(texts)
+        return self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
+
+    def _answer_losses(self, samples: Mapping[str, Any]) -> Tensor:
+        batch = complete_questions(samples)
+        questions = batch["text_input"]
+        visual = self.visual_prompt(batch["image"], questions)
+        prompts = self.language_model.wrapped([fill(self.prompt, question) for question in questions])
+        return self.language_model.answer_losses(
+            visual, prompts, batch["text_output"], max_length=self.max_txt_len
+        )
+
+    def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Images [B, 3, H, W] -> [B, Q, L], in the place of so many token embeddings.
+
+        Args:
+            questions: B texts for a Q-Former that reads them; others overlook them.
+
+        Raises ValueError when they are needed and absent.
+        """
+        image_kv = self.project_image(self.encode_image(image))
+        if not self.qformer_text_input:
+            queries = self.encode_queries(image_kv).output
+        elif questions is None:
+            raise ValueError("the Q-Former of this model reads questions: give one for each image")
+        else:
+            queries = self.Qformer.encode_pairs(self.query_tokens, image_kv, self.tokenize(questions))
+        prompt: Tensor = self.llm_proj(queries)
         return prompt
 
     @torch.no_grad()
@@ -157,7 +218,9 @@ class Blip2Generative(Blip2Base):
         """Texts for images: B * num_captions of them, an image's together; never with the prompt in them.
 
         Args:
-            samples: {"image": [B, 3, H, W], "prompt": one string, or one an image; by default the model's own}.
+            samples: {"image": [B, 3, H, W], "prompt": one string, or one an image; by default the model's own,
+                "text_input": the questions, where its own prompt or its Q-Former takes some}. A Q-Former that
+                gets no question reads the prompt.
             use_nucleus_sampling: draw from the nucleus of `top_p` at `temperature`; else beam search, greedy with
                 one beam.
             max_length, min_length: of new tokens, without the end. max_new_tokens: the same as max_length.
@@ -198,7 +261,7 @@ class Blip2Generative(Blip2Base):
     ) -> Generated:
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
         log-probability of a token otherwise."""
-        prompts = prompts_of(samples, batch=len(image_of(samples)), default=self.prompt)
+        asked = asked_of(samples, template=self.prompt)
         search = Search(num_beams, num_captions, use_nucleus_sampling)
         rules = DecodingRules.for_search(
             search,
@@ -210,7 +273,7 @@ class Blip2Generative(Blip2Base):
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
         )
-        return self._continue(samples, self.language_model.wrapped(prompts), rules, search)
+        return self._continue(samples, self._wrapped(asked), rules, search)
 
     @torch.no_grad()
     def chat(
@@ -236,19 +299,39 @@ class Blip2Generative(Blip2Base):
         )
         samples = {"image": image if image.dim() == 4 else image[None]}
         prompt = self.language_model.conversation(history, message)
-        answer = self._continue(samples, [prompt], rules, Search(num_beams)).texts[0]
+        answer = self._continue(samples, Asked([prompt], [message]), rules, Search(num_beams)).texts[0]
         return answer, [*history, (message, answer)]
 
     def _continue(
-        self, samples: Mapping[str, Any], prompts: Sequence[str], rules: DecodingRules, search: Search
+        self, samples: Mapping[str, Any], asked: Asked, rules: DecodingRules, search: Search
     ) -> Generated:
         """What the language model says after the images' visual prompts and these texts."""
-        visual = self.visual_prompt(image_of(samples).to(self.device))
-        decoder = self.language_model.decoder(visual, prompts, rows_per_input=search.rows)
+        visual = self.visual_prompt(image_of(samples).to(self.device), asked.questions)
+        decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
         start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
         decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
         return Generated(texts, decoded.scores.flatten())
+
+
+def _check_question_keys(keywords: Mapping[str, Any], where: str) -> None:
+    if not keywords.get("qformer_text_input"):
+        if keywords.get("qformer_text_from"):
+            raise ConfigError(
+                f"{where}.qformer_text_from: the Q-Former reads no text without {where}.qformer_text_input=true"
+            )
+        return
+    if QUESTION not in keywords.get("prompt", ""):
+        raise ConfigError(
+            f"{where}.qformer_text_input: set {where}.prompt to what asks a question, with {{}} in its place, such as "
+            f"'Question: {{}} Answer:'; got '{keywords.get('prompt', '')}'"
+        )
+    longest = (keywords.get("qformer") or QFormerConfig()).max_position_embeddings
+    if not 3 <= keywords.get("max_txt_len", 32) <= longest:
+        raise ConfigError(
+            f"{where}.max_txt_len: the Q-Former reads questions of 3 to qformer.max_position_embeddings = {longest} "
+            f"tokens, got {keywords.get('max_txt_len', 32)}"
+        )
 
 
 def build_language_model(section: Mapping[str, Any]) -> LanguageModel:

@@ -33,6 +33,17 @@ class Decoder(Protocol):
         ...
 
 
+class Beginning(Decoder, Protocol):
+    """A decoder whose beginning, once it has been read by the first step, can be continued in many ways."""
+
+    def continued(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """The logits [R, T, V] after each of the tokens int64[R, T], which follow the beginning of row `rows[r]`.
+
+        The decoder is left as it was. Needs one row an input, and no step but the first.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What was said.

@@ -20,7 +20,7 @@ from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
-from lavis_lite.models.base import build_model
+from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.parallel.base import Strategy, build_strategy
 from lavis_lite.runners.resume import StartPoint
 from lavis_lite.tasks.base import EvalArgs
@@ -88,8 +88,8 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     if run.max_steps is None and run.max_epochs is None:
         raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
     schedule_class = registry.get_lr_scheduler_class(run.lr_sched)
-    # A checkpoint holds the weights that model.pretrained once gave.
-    model_cfg = {**cfg.model, "pretrained": None} if resumed else cfg.model
+    # A checkpoint holds the weights that other runs once gave.
+    model_cfg = without_sources(cfg.model) if resumed else cfg.model
     base = build_base(cfg, model_cfg=model_cfg, threads=state.num_threads if resumed else None)
     loader = build_loader(cfg, base.datasets)
     max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)

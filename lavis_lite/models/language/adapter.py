@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.errors import ConfigError
-from lavis_lite.models.decoding import Decoder
+from lavis_lite.models.decoding import Beginning
 from lavis_lite.models.language.loading import LanguageModelConfig, build_llm, load_llm, load_tokenizer
 from lavis_lite.models.language.lora import add_lora, lora_dropouts
 
@@ -128,11 +128,18 @@ class LanguageModel(nn.Module, ABC):
     ) -> Tensor:
         """Cross-entropy of every token of the targets, float32[N], given visual prompts [B, Q, D] and prompts.
 
-        max_length: of a prompt and of a target, in tokens; the one that ends a target is never cut off.
+        max_length: of a target, in tokens; the one that ends it is never cut off. Prompts are read whole, as in
+        generation.
         """
 
     @abstractmethod
-    def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Decoder:
+    def answer_ids(
+        self, prompts: Sequence[str], answers: Sequence[str], *, max_length: int
+    ) -> list[list[list[int]]]:
+        """The tokens of each of the answers [A] behind each of the prompts [B], as `answer_losses` scores them."""
+
+    @abstractmethod
+    def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Beginning:
         """Decodes what follows visual prompts [B, Q, D] and prompts [B]: rows_per_input rows for each.
 
         Whatever doesn't depend on the row (the states of visual prompt and prompt) is computed once an input.

@@ -5,6 +5,7 @@ B rows, Q visual tokens, D embedding width, T text tokens, N scored tokens, V vo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -66,6 +67,18 @@ class DecoderOnlyLM(LanguageModel):
         inputs = torch.stack([torch_pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         return CausalDecoder(self.model, inputs, mask, rows_per_input=rows_per_input)
 
+    def answer_ids(
+        self, prompts: Sequence[str], answers: Sequence[str], *, max_length: int
+    ) -> list[list[list[int]]]:
+        """See `LanguageModel`."""
+        # Tokens of an answer depend on what is before it no further back than the last word.
+        tails = [re.search(r"\S*\s*$", prompt)[0] for prompt in prompts]  # type: ignore[index]  # always found
+        known = {
+            tail: [self._split(tail, answer, max_length)[1] for answer in answers]
+            for tail in dict.fromkeys(tails)
+        }
+        return [known[tail] for tail in tails]
+
     def _ids(self, text: str) -> list[int]:
         # A chat template writes its special tokens itself.
         encoded = self.tokenizer(text, add_special_tokens=not self.config.chat_template)
@@ -84,7 +97,7 @@ class DecoderOnlyLM(LanguageModel):
         count = 0
         if prompt:
             count = sum(end == 0 or start < len(prompt) for start, end in offsets)
-        return ids[:count][:max_length], [*ids[count:][: max_length - 1], self.end_id]
+        return ids[:count], [*ids[count:][: max_length - 1], self.end_id]
 
     def _logits(self, inputs: Tensor, mask: Tensor, kept: int) -> Tensor:
         """Next-token logits [B, kept, V] at the last `kept` places."""
@@ -132,6 +145,24 @@ class CausalDecoder:
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from where row `rows[r]` of the same input was."""
         self._cache.reorder_cache(rows)
+
+    def continued(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """See `decoding.Beginning`."""
+        from lavis_lite.models.language.growing_cache import selected
+
+        mask = torch.cat([self._mask[rows], self._mask.new_ones(ids.shape)], 1)
+        positions = (
+            {"position_ids": (mask.cumsum(1) - 1)[:, -ids.shape[1] :]} if self._takes_positions else {}
+        )
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=True,
+            **positions,
+            **{self._cache_keyword: selected(self._cache, rows)},
+        )
+        logits: Tensor = output.logits
+        return logits
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         new = next(iter(inputs.values())).shape[1]

@@ -37,7 +37,7 @@ class EncoderDecoderLM(LanguageModel):
         self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], *, max_length: int
     ) -> Tensor:
         """See `LanguageModel`."""
-        prefixes = [[*self._ids(text, max_length), *self._ending] for text in prompts]
+        prefixes = [[*self._ids(text, None), *self._ending] for text in prompts]
         return self._losses(visual, prefixes, [self._ids(target, max_length) for target in targets])
 
     def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Seq2SeqDecoder:
@@ -45,6 +45,13 @@ class EncoderDecoderLM(LanguageModel):
         prefixes = [[*self._ids(text, None), *self._ending] for text in prompts]
         inputs, mask = self._encoder_inputs(visual, prefixes)
         return Seq2SeqDecoder(self.model, inputs, mask, rows_per_input=rows_per_input)
+
+    def answer_ids(
+        self, prompts: Sequence[str], answers: Sequence[str], *, max_length: int
+    ) -> list[list[list[int]]]:
+        """See `LanguageModel`."""
+        ids = [[*self._ids(answer, max_length), self.end_id] for answer in answers]
+        return [ids] * len(prompts)
 
     @property
     def _ending(self) -> list[int]:
@@ -123,6 +130,29 @@ class Seq2SeqDecoder:
         """Row r goes on from where row `rows[r]` of the same input was."""
         # Rows of one input share its cross-attention, so only the decoder's own past is put in order.
         self._cache.self_attention_cache.reorder_cache(rows)
+
+    def continued(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """See `decoding.Beginning`."""
+        from transformers import EncoderDecoderCache
+        from transformers.modeling_outputs import BaseModelOutput
+
+        from lavis_lite.models.language.growing_cache import selected
+
+        past = (self._cache.self_attention_cache, self._cache.cross_attention_cache)
+        states = (
+            self._encoded.last_hidden_state
+        )  # only its shape is looked at: keys and values are in the cache
+        output = self._model(
+            encoder_outputs=BaseModelOutput(
+                last_hidden_state=states[:1, :1, :1].expand(len(rows), *states.shape[1:])
+            ),
+            attention_mask=self._mask[rows],
+            decoder_input_ids=ids,
+            use_cache=True,
+            **{self._cache_keyword: EncoderDecoderCache(*(selected(cache, rows) for cache in past))},
+        )
+        logits: Tensor = output.logits
+        return logits
 
     def _forward(self, ids: Tensor) -> Tensor:
         output = self._model(

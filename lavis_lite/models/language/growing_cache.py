@@ -67,3 +67,11 @@ class GrowingCache(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
+
+
+def selected(cache: Any, rows: Tensor) -> DynamicCache:
+    """A cache of its own with the past of the chosen rows int64[R], repeated where an index is."""
+    chosen = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        chosen.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), number)
+    return chosen

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
 from lavis_lite.datasets.builders import ImageTextBuilder
-from lavis_lite.worlds.shapes.scene import SPLITS
+from lavis_lite.datasets.vqa_builder import VqaBuilder
+from lavis_lite.worlds.shapes.scene import SPLITS, Split
 from lavis_lite.worlds.shapes.writer import WorldSpec, write_world
+
+# What reads each kind of text: builder, format, and the files of annotations/ by the key that takes them.
+_READ: dict[str, tuple[type[ImageTextBuilder], Any, dict[str, str]]] = {
+    "captions": (ImageTextBuilder, "coco", {"annotations": "captions"}),
+    "questions": (
+        VqaBuilder,
+        "vqa",
+        {"questions": "questions", "annotations": "answers", "pictures": "captions"},
+    ),
+}
+
+
+def _paths(files: Mapping[str, str], split: Split) -> dict[str, str]:
+    paths = {key: f"annotations/{file}_{split}.json" for key, file in files.items()}
+    return {**paths, "images": f"images/{split}"}
 
 
 @registry.register_builder("shapes")
 class ShapesBuilder:
-    """Captioned pictures of the shapes world, drawn into the cache folder at first use.
+    """Pictures of the shapes world with captions or questions, drawn into the cache folder at first use.
 
     Args:
         name: the dataset's, as in the config.
+        texts: what goes with the pictures; both kinds share their files.
         train, val, test: pictures per split; 0 leaves a split out. No scene is in two splits, whatever the
             seed.
         image_size: the side in pixels.
@@ -32,6 +50,7 @@ class ShapesBuilder:
         self,
         *,
         name: str,
+        texts: Literal["captions", "questions"] = "captions",
         train: int = 20_000,
         val: int = 500,
         test: int = 500,
@@ -55,21 +74,20 @@ class ShapesBuilder:
             questions_per_image=questions_per_image,
             seed=seed,
         )
-        sources = {
-            split: {"annotations": f"annotations/captions_{split}.json", "images": f"images/{split}"}
-            for split in SPLITS
-            if self.spec.size(split)
-        }
+        if texts == "questions" and not questions_per_image:
+            raise ConfigError(f"datasets.{name}.questions_per_image must be at least 1 for texts: questions")
+        builder, format, files = _READ[texts]
+        sources: dict[str, Any] = {split: _paths(files, split) for split in SPLITS if self.spec.size(split)}
         # The generic builder; the folder it reads is written later, by `build_datasets`.
-        self.files = ImageTextBuilder(
+        self.files = builder(
             name=name,
             root=str(self.spec.folder),
-            format="coco",
+            format=format,
             vis_processor=vis_processor,
             text_processor=text_processor,
             ratio=ratio,
             limit=limit,
-            **sources,  # type: ignore[arg-type]  # keys are exactly train, val and test
+            **sources,
         )
 
     def build_datasets(self) -> dict[str, MapDataset]:

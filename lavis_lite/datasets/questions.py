@@ -1,0 +1,359 @@
+"""Questions about pictures with people's answers, from every supported format, as a stream of rows.
+
+VQAv2's and OK-VQA's pairs of json files, GQA's objects by question number, and a row a question in json, jsonl, csv,
+tsv and parquet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.readers import (
+    STREAMS,
+    Asked,
+    Place,
+    Row,
+    bad_text,
+    is_selected,
+    load_json,
+    missing_field,
+    numbered,
+    path_format,
+)
+from lavis_lite.datasets.records import Source
+
+FORMATS = ("auto", "vqa", "gqa", "json", *STREAMS)
+# Names tried when no field is set, in this order.
+USUAL_NAMES = {
+    "image": ("image", "image_path", "file_name", "filename", "filepath", "path"),
+    "question": ("question", "text_input"),
+    "answer": ("answer", "answers", "text_output"),
+    "question_id": ("question_id", "qid"),
+    "image_id": ("image_id", "imageId"),
+    "answer_type": ("answer_type",),
+    "question_type": ("question_type",),
+}
+GQA_IMAGE = "{image_id}.jpg"
+EXAMPLES = 3  # ids that a message names
+
+
+@dataclass(frozen=True)
+class QuestionFields:
+    """The names that a file's fields have. None tries the usual ones, such as image, question, answer or answers,
+    question_id, image_id, answer_type, question_type.
+
+    answer: one text, or a list of those people gave, repeated as often as they gave it. question_id: by default the
+    row's number. answer_type, question_type: what accuracies are reported by.
+    """
+
+    image: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    question_id: str | None = None
+    image_id: str | None = None
+    answer_type: str | None = None
+    question_type: str | None = None
+
+
+@dataclass(frozen=True)
+class QuestionSource(Source):
+    """What a table of questions is made from.
+
+    questions: of VQAv2's format, with the answers in `annotations`, or nowhere.
+    image_name: a picture's path from its number, such as "COCO_val2014_{image_id:012}.jpg".
+    pictures: a file of COCO's format whose `images` tell the path for a number.
+    names: the names of the fields. needs_answers: whether a question without one is a mistake.
+    """
+
+    questions: Path | None = None
+    image_name: str | None = None
+    pictures: Path | None = None
+    names: QuestionFields = field(default_factory=QuestionFields)
+    needs_answers: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file with the questions."""
+        return self.questions or self.annotations or self.images
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that decide the rows."""
+        return tuple(path for path in (self.questions, self.annotations, self.pictures) if path)
+
+    def rows(self) -> Iterator[Row]:
+        """One row a question. Raises DataError with file, place and remedy."""
+        named = Pictures(self)
+        for entry in _entries(self):
+            yield _row(self, entry, named)
+
+
+class Entry(NamedTuple):
+    """A question as its file has it; None where the file has nothing."""
+
+    place: Place
+    question_id: Any
+    question: Any
+    answers: Any
+    image: Any
+    image_id: Any
+    answer_type: Any
+    question_type: Any
+
+
+class Pictures:
+    """Where a question's picture is: what its own row names, else by its number."""
+
+    def __init__(self, source: QuestionSource) -> None:
+        self.source = source
+        self.by_id = _file_names(source.pictures) if source.pictures else {}
+
+    def path(self, entry: Entry) -> str:
+        """The picture's path; DataError when nothing tells it."""
+        where, template = self.source.where, self.source.image_name
+        about = f"{self.source.path}, {entry.place}: question {entry.question_id}"
+        if isinstance(entry.image, str) and entry.image:
+            return entry.image
+        if entry.image_id is None or entry.image_id == "":
+            raise DataError(f"{about} names no picture, neither by path nor by number; correct the file")
+        if self.source.pictures:
+            if str(entry.image_id) not in self.by_id:
+                raise DataError(
+                    f"{about} is about picture {entry.image_id}, which is not among the images of "
+                    f"{self.source.pictures}; set {where}.pictures to the file of this split"
+                )
+            return self.by_id[str(entry.image_id)]
+        if template is None:
+            raise DataError(
+                f"{about} is about picture {entry.image_id}, and nothing tells its path; set {where}.image_name, "
+                "such as 'COCO_val2014_{image_id:012}.jpg', or "
+                f"{where}.pictures to a COCO file with its `images`"
+            )
+        try:
+            return template.format(image_id=entry.image_id)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{where}.image_name: '{template}' doesn't fit picture {entry.image_id!r} ({error}); "
+                "numbers take {image_id:012}, texts {image_id}"
+            ) from error
+
+
+def _file_names(path: Path) -> dict[str, str]:
+    content = load_json(path, lines_too=False)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise DataError(f"{path}: no 'images', which tell a picture's path in COCO's files")
+    rows = numbered(path, images)
+    try:
+        return {str(image["id"]): str(image["file_name"]) for _, image in rows}
+    except KeyError as error:
+        raise DataError(f"{path}: an entry of 'images' has no {error}") from error
+
+
+def _entries(source: QuestionSource) -> Iterator[Entry]:
+    """The questions of a file of any format."""
+    if source.questions is not None:
+        return _vqa(source, source.questions)
+    path = source.path
+    kind = path_format(path) if source.format == "auto" else source.format
+    if kind in STREAMS:
+        return _mapped(source, STREAMS[kind](path))
+    content = load_json(path, lines_too=source.format == "auto")
+    if content is None:
+        return _mapped(source, STREAMS["jsonl"](path))
+    if isinstance(content, list):
+        return _mapped(source, numbered(path, content))
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        raise DataError(
+            f"{path}: these are VQAv2's answers; set {source.where}.questions to the file with their questions"
+        )
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise DataError(
+            f"{path}: expected a list of rows, or GQA's questions by number; for VQAv2's two files set "
+            f"{source.where}.questions and {source.where}.annotations"
+        )
+    return _gqa(source, content)
+
+
+# --- VQAv2 and OK-VQA ---------------------------------------------------------------------------------------
+
+
+def _vqa(source: QuestionSource, path: Path) -> Iterator[Entry]:
+    """Questions with the annotations of the same numbers; without an annotation file no answers."""
+    questions = _list_of(path, "questions")
+    annotations = _annotations(source, path, questions) if source.annotations else {}
+    for place, entry in numbered(path, questions):
+        place = f"questions, {place}"
+        if not is_selected(path, place, entry, source.select, source.where):
+            continue
+        number = entry["question_id"]
+        found = annotations.get(number, {})
+        yield Entry(
+            place,
+            number,
+            entry.get("question"),
+            found.get("answers", [] if annotations else None),
+            entry.get("image"),
+            entry.get("image_id"),
+            found.get("answer_type"),
+            found.get("question_type"),
+        )
+
+
+def _list_of(path: Path, section: str) -> list[Any]:
+    content = load_json(path, lines_too=False)
+    rows = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: no list '{section}', as VQAv2's files have it")
+    for place, row in numbered(path, rows):
+        if "question_id" not in row:
+            raise DataError(f"{path}, {section}, {place}: no field 'question_id'")
+    return rows
+
+
+def _annotations(source: QuestionSource, path: Path, questions: list[Any]) -> dict[Any, Mapping[str, Any]]:
+    """Annotations by question; DataError when they aren't those of the questions."""
+    assert source.annotations is not None
+    found = {row["question_id"]: row for row in _list_of(source.annotations, "annotations")}
+    asked = {row["question_id"] for row in questions}
+    if len(asked) < len(questions):
+        raise DataError(f"{path}: {len(questions) - len(asked)} questions have the number of another one")
+    for what, numbers in (
+        (f"questions of {path} have no answers in {source.annotations}", asked - found.keys()),
+        (f"annotations of {source.annotations} have no question in {path}", found.keys() - asked),
+    ):
+        if numbers:
+            shown = ", ".join(sorted(map(str, numbers))[:EXAMPLES])
+            raise DataError(
+                f"{len(numbers)} {what}, for example {shown}; set {source.where}.questions and "
+                f"{source.where}.annotations to the two files of one split"
+            )
+    return found
+
+
+# --- GQA ----------------------------------------------------------------------------------------------------
+
+
+def _gqa(source: QuestionSource, content: Mapping[str, Any]) -> Iterator[Entry]:
+    """Objects by question number: question, answer (absent in the test split), imageId, types."""
+    for number, entry in content.items():
+        place = f"question {number}"
+        if not is_selected(source.path, place, entry, source.select, source.where):
+            continue
+        types = entry.get("types")
+        yield Entry(
+            place,
+            number,
+            entry.get("question"),
+            entry.get("answer"),
+            GQA_IMAGE.format(image_id=entry["imageId"])
+            if source.image_name is None and entry.get("imageId")
+            else None,
+            entry.get("imageId"),
+            None,
+            types.get("structural") if isinstance(types, Mapping) else None,
+        )
+
+
+# --- a row a question ---------------------------------------------------------------------------------------
+
+
+def _mapped(source: QuestionSource, rows: Iterator[tuple[Place, Mapping[str, Any]]]) -> Iterator[Entry]:
+    names: dict[str, str] = {}
+    for number, (place, record) in enumerate(rows):
+        if not names:
+            names = _names(source, record)
+        if not is_selected(source.path, place, record, source.select, source.where):
+            continue
+        for role, name in names.items():
+            if name not in record:
+                raise DataError(missing_field(source.path, place, role, name, record, source.where))
+        values = {role: record[name] for role, name in names.items()}
+        own = values.get("question_id")
+        answers = values.get("answer")
+        yield Entry(
+            place,
+            number if own is None or own == "" else _plain(own),
+            values.get("question"),
+            [] if "answer" in names and answers is None else answers,
+            values.get("image"),
+            _plain(values.get("image_id")),
+            values.get("answer_type"),
+            values.get("question_type"),
+        )
+
+
+def _names(source: QuestionSource, record: Mapping[str, Any]) -> dict[str, str]:
+    """The field of each role, decided by a file's first row."""
+    names = {}
+    for role, usual in USUAL_NAMES.items():
+        declared: str | None = getattr(source.names, role)
+        if declared is not None and declared not in record:
+            raise DataError(missing_field(source.path, "", role, declared, record, source.where))
+        name = declared or next((name for name in usual if name in record), None)
+        if name is not None:
+            names[role] = name
+    for role, needed in (
+        ("question", True),
+        ("answer", source.needs_answers),
+        ("image", "image_id" not in names),
+    ):
+        if needed and role not in names:
+            name = USUAL_NAMES[role][0]
+            raise DataError(missing_field(source.path, "", role, name, record, source.where))
+    return names
+
+
+def _plain(number: Any) -> Any:
+    """A number written as text (all of a csv file is) as a number; anything else as it is."""
+    return (
+        int(number)
+        if isinstance(number, str) and number.isdecimal() and str(int(number)) == number
+        else number
+    )
+
+
+# --- a row of the table -------------------------------------------------------------------------------------
+
+
+def _row(source: QuestionSource, entry: Entry, named: Pictures) -> Row:
+    about = f"{source.path}, {entry.place}"
+    if not isinstance(entry.question, str) or not entry.question.strip():
+        raise DataError(f"{about}: question {entry.question_id} has no text")
+    image = named.path(entry)
+    answers = _answers(entry.answers, about)
+    if not any(answers) and (entry.answers is not None or source.needs_answers):
+        raise DataError(
+            f"{about}: question {entry.question_id} has no answer; "
+            + (
+                "a training split needs answers: set "
+                f"{source.where}.annotations to the file with them, or leave the split out"
+                if entry.answers is None
+                else "correct the file, or leave the row out"
+            )
+        )
+    types = [_text(kind) for kind in (entry.answer_type, entry.question_type)]
+    question = entry.question.strip()
+    if any(bad_text(text) for text in (image, question, *answers)):
+        clean = image.encode("utf-8", "replace").decode()
+        return Row(clean, problem=f"{about}: text with a lone surrogate (broken UTF-16)")
+    asked = Asked(question, json.dumps(entry.question_id), answers, types[0], types[1])
+    return Row(image, image_id=entry.image_id, question=asked)
+
+
+def _answers(value: Any, about: str) -> list[str]:
+    """What people answered; from one value or a list of values or of VQAv2's {"answer": ...}."""
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    values = [item.get("answer") if isinstance(item, Mapping) else item for item in values]
+    if not all(isinstance(item, (str, int, float)) for item in values):
+        raise DataError(f"{about}: the answer must be text or a list of texts, got {value!r:.80}")
+    return [str(item).strip() for item in values]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or value == "" else str(value)

@@ -1,0 +1,139 @@
+"""The answers that a model gives to the questions of a split, shared out over the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lavis_lite.common import dist
+from lavis_lite.common.errors import DataError
+from lavis_lite.common.io import atomic_write
+from lavis_lite.datasets.loader import eval_loader
+from lavis_lite.metrics.vqa import answer_type
+from lavis_lite.tasks.heldout import ChosenRows
+
+
+class AnsweringModel(Protocol):
+    """What a model must offer to be evaluated on questions; names are LAVIS's."""
+
+    def predict_answers(
+        self,
+        samples: Mapping[str, Any],
+        *,
+        num_beams: int,
+        inference_method: Literal["generate", "rank"],
+        max_len: int,
+        min_len: int,
+        num_ans_candidates: int,
+        answer_list: Sequence[str] | None,
+        prompt: str,
+        length_penalty: float,
+    ) -> list[str]:
+        """One answer per image of {"image": float[B, 3, H, W], "text_input": B questions}."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are found; the arguments of `predict_answers`."""
+
+    num_beams: int = 5
+    inference_method: Literal["generate", "rank"] = "generate"
+    max_len: int = 10
+    min_len: int = 1
+    num_ans_candidates: int = 128
+    answer_list: Sequence[str] | None = None
+    prompt: str = ""
+    length_penalty: float = -1.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question's answer beside those people gave, as they stand in its file.
+
+    row: of the dataset. question_id: as its file has it. answers: none where it tells none. answer_type,
+    question_type: the file's, else the first by its most frequent answer and the second None.
+    """
+
+    row: int
+    question_id: int | str
+    image: str
+    question: str
+    prediction: str
+    answers: list[str]
+    answer_type: str | None
+    question_type: str | None
+
+
+def ask_questions(
+    model: AnsweringModel, dataset: Any, rows: Sequence[int], answering: Answering, loader_args: Any
+) -> list[Answered]:
+    """Answers to the rows whose picture can be read, in their order; the same on every rank."""
+    loader = eval_loader(
+        ChosenRows(dataset, rows, seed=0),  # type: ignore[arg-type]  # evaluation asks for nothing else
+        batch_size=loader_args.batch_size,
+        num_workers=loader_args.num_workers,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        max_bad_fraction=loader_args.max_bad_fraction,
+    )
+    settings = {name: getattr(answering, name) for name in Answering.__dataclass_fields__}
+    mine: list[tuple[int, str]] = []
+    for batch in loader:
+        image = batch["image"].to(loader_args.device, non_blocking=True)
+        with loader_args.autocast():
+            said = model.predict_answers({"image": image, "text_input": batch["text_input"]}, **settings)
+        mine += zip(batch["index"].tolist(), said, strict=True)
+    predictions = dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
+    return [_answered(dataset, row, text) for row, text in predictions.items()]
+
+
+def _answered(dataset: Any, row: int, prediction: str) -> Answered:
+    record = dataset.record(row)
+    asked = record.question
+    kind = asked.answer_type
+    if kind is None and asked.answers:
+        # Of equally frequent ones the first.
+        kind = answer_type(max(asked.answers, key=asked.answers.count))
+    return Answered(
+        row,
+        json.loads(asked.id),
+        record.image,
+        asked.text,
+        prediction,
+        asked.answers,
+        kind,
+        asked.question_type,
+    )
+
+
+def write_predictions(path: Path, rows: Sequence[Answered]) -> None:
+    """Write what was asked, answered and true, one object a question."""
+    content = [{key: value for key, value in asdict(item).items() if key != "row"} for item in rows]
+    atomic_write(path, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
+
+
+def write_results(path: Path, rows: Sequence[Answered]) -> None:
+    """Write the file that VQAv2's evaluation server takes: [{"question_id": 42, "answer": "red"}, ...]."""
+    results = [{"question_id": item.question_id, "answer": item.prediction} for item in rows]
+    atomic_write(path, json.dumps(results, ensure_ascii=False, indent=0) + "\n")
+
+
+def read_answer_list(path: str) -> list[str]:
+    """A closed list from a file: json with a list (or an object, whose keys are taken), else an answer a line.
+
+    Raises DataError when it can't be read or holds none.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"task.answer_list: can't read {file}: {error}") from error
+    answers = [str(answer).strip() for answer in content] if isinstance(content, (list, dict)) else []
+    found = list(dict.fromkeys(answer for answer in answers if answer))
+    if not found:
+        raise DataError(f"task.answer_list: {file} holds no answers; give a list of texts, or one a line")
+    return found

@@ -1,0 +1,74 @@
+"""The experiment on VQA: its arms are valid configurations, its table and picture show what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "run_scripts" / "experiments"
+# In a process of its own: the configuration registers a model.
+BLIND = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from vqa_helpers import question_config, question_samples
+from lavis_lite.common.config import load_config
+from lavis_lite.common.registry import registry
+config = load_config(sys.argv[1])
+assert config.model["arch"] == "blip2_opt_blind" and config.model["pretrained"] == "output/pretrain_stage2"
+model = registry.get_model_class("blip2_opt_blind").from_config(question_config(Path(sys.argv[3])))
+samples = question_samples()
+visual = model.visual_prompt(samples["image"], samples["text_input"])
+assert visual.shape == (4, 5, 24) and not visual.any()
+"""
+
+
+@pytest.fixture
+def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("vqa")
+
+
+def test_arms_are_run_and_reported(
+    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="abc")
+        commands.append(command)
+        folder = Path(command[-1].removeprefix("run.output_dir=")) / "evaluation"
+        folder.mkdir(parents=True, exist_ok=True)
+        score = {"blind": 0.3, "zero_shot": 0.4, "0": 0.5, "1": 0.7}[folder.parent.name]
+        (folder / "metrics.json").write_text(
+            json.dumps({"metrics": dict.fromkeys(experiment.METRICS, score)})
+        )
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["vqa.py", "--seeds", "0", "1", "--out", str(tmp_path)])
+    experiment.main()
+    scripts = [Path(command[1]).name for command in commands]
+    assert scripts == ["evaluate.py"] * 2 + ["train.py", "evaluate.py"] * 4
+    assert all(Path(command[3]).is_file() for command in commands)
+    without = next(command for command in commands if "model.qformer_text_input=false" in command)
+    assert "run.seed=0" in without and Path(without[1]).name == "train.py"
+    assert f"model.pretrained={tmp_path / 'conditioned' / '1'}" in commands[-1]
+    printed = capsys.readouterr().out
+    assert "blind " in printed and "0.600 ± 0.141" in printed
+    assert (tmp_path / "vqa.svg").read_text().lstrip().startswith("<?xml")
+    assert json.loads((tmp_path / "vqa.json").read_text())["arms"]["conditioned"].keys() == {"0", "1"}
+
+
+def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", BLIND, str(EXPERIMENTS / "vqa_blind.yaml"), tests, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parents[1])
+    assert done.returncode == 0, done.stderr
