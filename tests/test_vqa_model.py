@@ -19,6 +19,7 @@ from lavis_lite.models import ranking
 from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.models.blip2_generative import Blip2Generative
 from lavis_lite.models.blip2_qformer import Blip2QFormer
+from lavis_lite.models.convert.bert import load_bert
 from lavis_lite.models.text_side import in_text_side
 
 CANDIDATES = ["red", "a small blue cat on the mat", "yes", "no", "two", "in the center", "a", "red"]
@@ -98,6 +99,9 @@ def test_without_the_option_the_queries_see_no_question(tmp_path: Path) -> None:
     assert torch.equal(model.visual_prompt(image, QUESTIONS), model.visual_prompt(image))
     assert model(question_samples())["loss"].isfinite()
     assert len(model.predict_answers(question_samples(), num_beams=2)) == 4
+    model.prompt = "a photo of"
+    with pytest.raises(InputError, match=r"would learn to say the questions; set model\.prompt"):
+        model(question_samples())
 
 
 # --- where the text side comes from -------------------------------------------------------------------------
@@ -145,6 +149,19 @@ def test_a_stage_1_checkpoint_brings_its_text_side(runs: dict[str, Any]) -> None
     path, weights = runs["stage1"]
     model = build_model({**runs["section"], "pretrained": path})
     assert holds(model, weights, text=True) and holds(model, weights, text=False)
+
+
+def test_bert_begins_a_q_former_that_reads_and_predicts_nothing(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = question_model(tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 40}
+    size = len(model.tokenizer) - 1  # without [DEC]
+    config = transformers.BertConfig(vocab_size=size, max_position_embeddings=20, **shape)
+    bert = transformers.BertForMaskedLM(config)
+    bert.save_pretrained(tmp_path / "masked")
+    load_bert(model.Qformer, str(tmp_path / "masked"))
+    words = model.Qformer.embeddings.word_embeddings.weight
+    assert torch.equal(words[:size], bert.bert.embeddings.word_embeddings.weight)
 
 
 def test_a_text_side_that_nothing_tells_is_an_error(runs: dict[str, Any], tmp_path: Path) -> None:

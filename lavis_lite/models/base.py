@@ -147,5 +147,6 @@ def _without_what_it_holds(cfg: Mapping[str, Any], names: Collection[str]) -> di
         if part in parts and isinstance(own, Mapping) and own.get("pretrained"):
             kept[section] = {**own, "pretrained": None if section == "qformer" else False}
     if cfg.get("qformer_text_from") and "Qformer.bert.embeddings.word_embeddings.weight" in names:
+        logger.info("model.qformer_text_from is not read: the checkpoint has a text side of its own")
         kept["qformer_text_from"] = None
     return kept

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.binding import bind
-from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.errors import CheckpointError, ConfigError, InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.answers import QUESTION, Asked, Generated, QuestionAnswering, asked_of, fill
 from lavis_lite.models.base import SECTION_KEYS
@@ -44,7 +44,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         vision_encoder: `name` of a registered encoder and its keywords, `freeze`, `precision`, `pretrained`.
         language_model: the keys of `LanguageModelConfig`.
         qformer: the Q-Former's shape.
-        max_txt_len: prompts and targets are cut to so many of the language model's tokens.
+        max_txt_len: targets are cut to so many of the language model's tokens, questions to so many of the Q-Former's.
         prompt: what every text follows. Empty: pre-training (language modelling, or prefix language modelling).
             Else: only the text behind it is scored, as in caption fine-tuning ("a photo of"). With a place for a
             question ("Question: {} Answer:") the model learns answers: see `QuestionSamples`.
@@ -166,6 +166,11 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
 
     def _text_losses(self, samples: Mapping[str, Any]) -> Tensor:
         batch = complete_samples(samples)
+        if samples.get("text_output") is not None:
+            raise InputError(
+                "these samples are questions with answers, and the model would learn to say the questions; set "
+                "model.prompt to what asks one, with {} in its place, such as 'Question: {} Answer:'"
+            )
         visual, texts = self.visual_prompt(batch["image"]), batch["text_input"]
         if not self.prompt:
             return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)

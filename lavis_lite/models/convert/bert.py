@@ -44,7 +44,9 @@ def load_bert(qformer: QFormer, source: str) -> None:
         raise CheckpointError(f"model.qformer.pretrained: '{source}' lacks {', '.join(sorted(absent)[:5])}")
     without_head = bool(report["missing_keys"])
     state = bert.state_dict()
-    tensors = bert_to_qformer(state, qformer.state_dict(), with_head=not without_head)
+    own = qformer.state_dict()
+    predicts = any(name.startswith("cls.") for name in own)
+    tensors = bert_to_qformer(state, own, with_head=predicts and not without_head)
     optional = (*NOT_IN_BERT, PREDICTION_HEAD) if without_head else NOT_IN_BERT
     load_strictly(qformer, tensors, source=f"BERT '{source}'", optional=optional)
 
