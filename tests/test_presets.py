@@ -25,7 +25,7 @@ GPUS = 16
 
 
 def test_none_is_overlooked() -> None:
-    assert len(PROJECTS) >= 24 and len(MODELS) >= 15
+    assert len(PROJECTS) >= 24 and len(MODELS) >= 20
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
@@ -109,7 +109,7 @@ def test_vqa_fine_tuning_has_the_papers_numbers(llm: str) -> None:
     assert len(config.datasets["vqav2"]["train"]) == 2 and config.datasets["vqav2"]["val"] is None
     with torch.device("meta"):
         built = registry.get_model_class(model["arch"]).from_config({**model, "tokenizer": "shapes"})
-    assert built.visual_prompt is not None and built.takes_questions
+    assert built.takes_questions and built.tokenizer.source == "shapes"
 
 
 @pytest.mark.parametrize("name", ["vqa_ft", "vqa_ft_t5", "vqa_zeroshot"])
@@ -127,6 +127,8 @@ def test_questions_on_the_embedded_world(name: str) -> None:
     )
     assert config.model["pretrained"] == f"output/pretrain_stage2{'_t5' if family == 't5' else ''}"
     assert (config.run.batch_size_train, config.run.max_steps) == (64, 1400)
+    preset = load_model_preset({"arch": f"blip2_{family}", "model_type": "vqa_shapes"})["model"]
+    assert preset["qformer_text_input"] and preset["prompt"] == config.model["prompt"]
     if not EMBEDDED[f"shapes_{family}"].is_dir():
         pytest.skip("this embedded language model is not shipped yet")
     with torch.device("meta"):
