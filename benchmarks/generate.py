@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from blip2_pair import (
     make_ours,
     make_theirs,
 )
+from timing import show, surroundings, time_alternately
 from torch import Tensor
 
 
@@ -83,24 +82,13 @@ def compare(pair: Pair, images: Tensor, beams: int, *, new_tokens: int, rounds: 
     said = {name: pair.ids_of(side(images, beams, new_tokens)) for name, side in sides.items()}
     if said["theirs"] != said["ours"]:
         raise SystemExit(f"token ids differ, so there is nothing to compare: {said}")
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sides if number % 2 else reversed(sides):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            sides[name](images, beams, new_tokens)
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - cpu_start)
-    ratios = [a / b for a, b in zip(wall["theirs"], wall["ours"], strict=True)]
-    cpu_ratios = [a / b for a, b in zip(cpu["theirs"], cpu["ours"], strict=True)]
+    timed = time_alternately(
+        {name: partial(side, images, beams, new_tokens) for name, side in sides.items()}, rounds
+    )
     return {
         "batch_size": len(images),
         "beams": beams,
-        "seconds": {name: statistics.median(values) for name, values in wall.items()},
-        "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "ratio_cpu_time": statistics.median(cpu_ratios),
+        **timed,
         "different_texts": len({tuple(ids) for ids in said["ours"]}),
     }
 
@@ -126,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        **surroundings(),
         "cases": [],
     }
     print(
@@ -146,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"  ({low:.2f} to {high:.2f}){case['ratio_cpu_time']:7.2f}x",
                 flush=True,
             )
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, args.json)
 
 
 if __name__ == "__main__":

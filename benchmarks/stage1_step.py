@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import show, surroundings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -316,9 +317,7 @@ def main() -> None:
         "steps": args.steps,
         "texts": args.texts,
         "precision": {"plain": args.plain_precision or args.precision, "ours": args.precision},
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        **surroundings(),
     }
     if not args.no_memory:
         # Before anything big is built: on Linux a child's peak begins with its parent's at that moment.
@@ -336,9 +335,7 @@ def main() -> None:
         f"speed-up {result['speedup']:.2f}x (single steps {low:.2f} to {high:.2f}), "
         f"{result['speedup_cpu_time']:.2f}x in CPU time"
     )
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, args.json)
 
 
 if __name__ == "__main__":

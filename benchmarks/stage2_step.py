@@ -16,7 +16,6 @@ better. Peak memory is of one process for each.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -42,6 +41,7 @@ from blip2_pair import (
     word_count,
 )
 from stage1_step import caption_lengths
+from timing import show, surroundings
 from torch import Tensor, nn
 
 from lavis_lite.common.device import autocast
@@ -224,9 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps": args.steps,
         "precision": args.precision,
         "plain": args.plain,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        **surroundings(),
         "cases": [],
     }
     peaks = {}
@@ -245,9 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row += [peak["plain"] / 1e9, peak["ours"] / 1e9, case["ratio_memory"]]
         result["cases"].append(case)
         print(f"{family:8}" + "".join(f"{number:10.2f}" for number in row), flush=True)
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, args.json)
 
 
 if __name__ == "__main__":

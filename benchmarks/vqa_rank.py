@@ -12,11 +12,8 @@ rounds of their time / our time, above 1 where ours is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from blip2_pair import (
     make_theirs,
     word_count,
 )
+from timing import show, surroundings, time_alternately
 from torch import Tensor
 
 from lavis_lite.models.blip2_generative import Blip2Generative
@@ -106,19 +104,10 @@ def compare(
     difference = float((sides["plain"]() - sides["ours"]()).abs().max())
     if not difference < LARGEST_DIFFERENCE:
         raise SystemExit(f"scores differ by {difference}, so there is nothing to compare")
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sides if number % 2 else reversed(sides):
-            start = time.perf_counter()
-            sides[name]()
-            wall[name].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(wall["plain"], wall["ours"], strict=True)]
     return {
         "images": len(images),
         "answers": len(answers),
-        "seconds": {name: statistics.median(values) for name, values in wall.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        **time_alternately(sides, rounds),
         "largest_difference": difference,
     }
 
@@ -142,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generator, draw = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     result: dict[str, Any] = {
         "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        **surroundings(),
         "cases": [],
     }
     print(f"{'family':8}{'images':>7}{'answers':>8}{'plain s':>10}{'ours s':>9}{'ratio':>7}  (rounds)")
@@ -162,9 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{case['ratio']:6.2f}x  ({low:.2f} to {high:.2f})",
                 flush=True,
             )
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, args.json)
 
 
 if __name__ == "__main__":

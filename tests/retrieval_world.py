@@ -163,6 +163,13 @@ def slow_retrieval(model: Matcher, data: Pictures, k: int, form: str) -> dict[st
     return metrics
 
 
+def write_of_rank(found: Any) -> None:
+    """Write what this rank measured to <first argument>/<rank>.json, the last thing a process of ranks does."""
+    with open(f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.json", "w") as file:
+        json.dump(found, file)
+    dist.shutdown()
+
+
 def main() -> None:
     dist.init()
     task = ImageTextPretrainTask(k_test=5, loss_batch_size=4)
@@ -171,9 +178,7 @@ def main() -> None:
     for size in (23, 1):
         data = Pictures(size, unreadable=(4, 11) if size > 1 else ())
         found.append(task.evaluate(Matcher(), data, loader_args=args).metrics)
-    with open(f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.json", "w") as file:
-        json.dump(found, file)
-    dist.shutdown()
+    write_of_rank(found)
 
 
 if __name__ == "__main__":

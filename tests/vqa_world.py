@@ -4,14 +4,13 @@ every rank measures."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from retrieval_world import Pictures
+from retrieval_world import Pictures, write_of_rank
 from torch import Tensor, nn
 
 from lavis_lite.common import dist
@@ -91,10 +90,7 @@ def measure(root: Path) -> list[Any]:
 
 def main() -> None:
     dist.init()
-    found = measure(Path(sys.argv[1]))
-    with open(f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.json", "w") as file:
-        json.dump(found, file)
-    dist.shutdown()
+    write_of_rank(measure(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,7 +84,7 @@ def check_list(answer_list: Sequence[str] | None, keep: int) -> list[str]:
     return list(answer_list)
 
 
-class QuestionAnswering:
+class QuestionAnswering(ABC):
     """What a generative model offers to whoever asks questions, with LAVIS's names; mixed into `Blip2Generative`."""
 
     prompt: str
@@ -91,18 +92,19 @@ class QuestionAnswering:
     language_model: LanguageModel
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the parameters are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
         """See `Blip2Generative`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _continue(
         self, samples: Mapping[str, Any], asked: Asked, rules: DecodingRules, search: Search
     ) -> Generated:
-        raise NotImplementedError
+        """What the language model says after the images and what is asked of them."""
 
     @torch.no_grad()
     def predict_answers(
@@ -170,13 +172,15 @@ class QuestionAnswering:
             best = ranked.max(1)
             return Generated([answers[place] for place in best.indices.tolist()], best.values)
         asked = questions_in(samples, template=prompt, own=self.prompt)
-        rules = DecodingRules(
+        search = Search(num_beams)
+        rules = DecodingRules.for_search(
+            search,
             end_id=self.language_model.end_id,
             max_length=max_len,
-            min_length=min(min_len, max_len),
+            min_length=min_len,
             length_penalty=length_penalty,
         )
-        return self._continue(samples, self._wrapped(asked), rules, Search(num_beams))
+        return self._continue(samples, self._wrapped(asked), rules, search)
 
     @torch.no_grad()
     def score_answers(

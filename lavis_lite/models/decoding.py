@@ -106,8 +106,8 @@ class DecodingRules:
         *,
         max_length: int,
         min_length: int,
-        temperature: float,
-        top_p: float,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         **others: Any,
     ) -> Self:
         """Rules for one kind of search: only sampling has a temperature and a nucleus; the shortest text that is

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lavis_lite.common import dist
+from torch import Tensor
+
 from lavis_lite.common.errors import DataError
-from lavis_lite.common.io import atomic_write
-from lavis_lite.datasets.loader import eval_loader
 from lavis_lite.metrics.vqa import answer_type
-from lavis_lite.tasks.heldout import ChosenRows
+from lavis_lite.tasks.predictions import predict_rows, write_list
 
 
 class AnsweringModel(Protocol):
@@ -71,22 +70,12 @@ def ask_questions(
     model: AnsweringModel, dataset: Any, rows: Sequence[int], answering: Answering, loader_args: Any
 ) -> list[Answered]:
     """Answers to the rows whose picture can be read, in their order; the same on every rank."""
-    loader = eval_loader(
-        ChosenRows(dataset, rows, seed=0),  # type: ignore[arg-type]  # evaluation asks for nothing else
-        batch_size=loader_args.batch_size,
-        num_workers=loader_args.num_workers,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        max_bad_fraction=loader_args.max_bad_fraction,
-    )
     settings = {name: getattr(answering, name) for name in Answering.__dataclass_fields__}
-    mine: list[tuple[int, str]] = []
-    for batch in loader:
-        image = batch["image"].to(loader_args.device, non_blocking=True)
-        with loader_args.autocast():
-            said = model.predict_answers({"image": image, "text_input": batch["text_input"]}, **settings)
-        mine += zip(batch["index"].tolist(), said, strict=True)
-    predictions = dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
+
+    def say(image: Tensor, batch: Mapping[str, Any]) -> list[str]:
+        return model.predict_answers({"image": image, "text_input": batch["text_input"]}, **settings)
+
+    predictions = predict_rows(dataset, rows, loader_args, say)
     return [_answered(dataset, row, text) for row, text in predictions.items()]
 
 
@@ -112,13 +101,13 @@ def _answered(dataset: Any, row: int, prediction: str) -> Answered:
 def write_predictions(path: Path, rows: Sequence[Answered]) -> None:
     """Write what was asked, answered and true, one object a question."""
     content = [{key: value for key, value in asdict(item).items() if key != "row"} for item in rows]
-    atomic_write(path, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
+    write_list(path, content)
 
 
 def write_results(path: Path, rows: Sequence[Answered]) -> None:
     """Write the file that VQAv2's evaluation server takes: [{"question_id": 42, "answer": "red"}, ...]."""
     results = [{"question_id": item.question_id, "answer": item.prediction} for item in rows]
-    atomic_write(path, json.dumps(results, ensure_ascii=False, indent=0) + "\n")
+    write_list(path, results)
 
 
 def read_answer_list(path: str) -> list[str]:

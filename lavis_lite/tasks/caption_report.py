@@ -11,7 +11,8 @@ from lavis_lite.metrics.caption import cider
 from lavis_lite.metrics.ptb import words
 from lavis_lite.tasks.captions import Captioned
 from lavis_lite.tasks.examples import thumbnail
-from lavis_lite.tasks.html import data_uri, section, table, tiles
+from lavis_lite.tasks.html import card, cards, picture, section, table, tiles
+from lavis_lite.tasks.predictions import evenly
 
 COLUMNS = {
     "cider": "CIDEr", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "spice": "SPICE",
@@ -42,8 +43,7 @@ def draw_examples(rows: Sequence[Captioned], dataset: Any, number: int) -> Capti
     """`number` images at even distances through the split, and half as many with the lowest CIDEr."""
     tokens = [[words(text) for text in item.references] for item in rows]
     scores = cider([words(item.prediction) for item in rows], tokens)
-    take = min(number, len(rows))
-    even = [len(rows) * step // take for step in range(take)]
+    even = evenly(range(len(rows)), number)
     lowest = sorted(range(len(rows)), key=lambda at: scores[at])[: (number + 1) // 2]
 
     def example(at: int) -> CaptionExample:
@@ -104,27 +104,23 @@ def scores_section(metrics: Mapping[str, float], columns: Mapping[str, str] = CO
 def examples_sections(examples: CaptionExamples) -> list[str]:
     """Pictures with the caption in bold, its CIDEr, and the references."""
     note = "The model's caption, then those of the annotations. Drawn at even distances through the split."
-    result = [section("Images and their captions", _cards(examples.even), note=note)]
+    result = [section("Images and their captions", cards(map(_card, examples.even)), note=note)]
     if examples.lowest:
         note = "Far from what people wrote: wrong, or right in other words."
-        result.append(section("Captions with the lowest CIDEr", _cards(examples.lowest), note=note))
+        result.append(
+            section("Captions with the lowest CIDEr", cards(map(_card, examples.lowest)), note=note)
+        )
     return result
-
-
-def _cards(examples: Sequence[CaptionExample]) -> str:
-    return f'<div class="cards">{"".join(_card(example) for example in examples)}</div>'
 
 
 def _card(example: CaptionExample) -> str:
     item = example.item
-    described = escape(f"image {item.image_id}: {item.references[0]}")
+    described = f"image {item.image_id}: {item.references[0]}"
     references = "".join(f"<li>{escape(text)}</li>" for text in item.references[:REFERENCES_SHOWN])
     group = f"{escape(item.group)}, " if item.group else ""
-    return (
-        f'<article class="card"><img src="{data_uri(example.picture, "jpeg")}" alt="{described}" '
-        f'title="{described}" loading="lazy"><div><h3>{escape(item.prediction) or "(nothing)"}</h3>'
-        f'<p class="note">{group}CIDEr {example.cider:.2f}</p><ol>{references}</ol></div></article>'
-    )
+    said = f"<h3>{escape(item.prediction) or '(nothing)'}</h3>"
+    note = f'<p class="note">{group}CIDEr {example.cider:.2f}</p>'
+    return card(picture(example.picture, described), f"{said}{note}<ol>{references}</ol>")
 
 
 def _number(value: float | None) -> str:

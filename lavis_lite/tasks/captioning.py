@@ -25,6 +25,7 @@ from lavis_lite.tasks.caption_report import (
 )
 from lavis_lite.tasks.captions import Captioned, Decoding, caption_images, join_images, write_predictions
 from lavis_lite.tasks.heldout import evaluating
+from lavis_lite.tasks.predictions import evenly
 from lavis_lite.tasks.summary import loss_table, table_lines
 
 logger = get_logger(__name__)
@@ -121,8 +122,8 @@ class CaptioningTask(BaseTask):
         return Evaluation(metrics, CaptionDetails(rows, path, shown))
 
     def _rows(self, total: int, final: bool) -> list[int]:
-        take = total if final or self.images_in_training is None else min(total, self.images_in_training)
-        return [total * step // take for step in range(take)]
+        limit = self.images_in_training
+        return evenly(range(total), total if final or limit is None else limit)
 
     def scores(self, rows: Sequence[Captioned], dataset: Any, *, final: bool) -> dict[str, float]:
         """The scores of captions; called on the main process only."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lavis_lite.common import dist
-from lavis_lite.common.io import atomic_write
-from lavis_lite.datasets.loader import eval_loader
-from lavis_lite.tasks.heldout import ChosenRows
+from torch import Tensor
+
+from lavis_lite.tasks.predictions import predict_rows, write_list
 
 
 class CaptioningModel(Protocol):
@@ -55,29 +53,16 @@ def caption_images(
     model: CaptioningModel, dataset: Any, rows: Sequence[int], decoding: Decoding, loader_args: Any
 ) -> list[Captioned]:
     """Captions of the rows whose picture can be read, in their order; the same on every rank."""
-    loader = eval_loader(
-        ChosenRows(dataset, rows, seed=0),  # type: ignore[arg-type]  # evaluation asks for nothing else
-        batch_size=loader_args.batch_size,
-        num_workers=loader_args.num_workers,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        max_bad_fraction=loader_args.max_bad_fraction,
-    )
-    mine: list[tuple[int, str]] = []
-    for batch in loader:
-        samples = {
-            "image": batch["image"].to(loader_args.device, non_blocking=True),
-            "prompt": decoding.prompt,
-        }
-        with loader_args.autocast():
-            texts = model.generate(
-                samples,
-                num_beams=decoding.num_beams,
-                max_length=decoding.max_new_tokens,
-                min_length=decoding.min_length,
-            )
-        mine += zip(batch["index"].tolist(), texts, strict=True)
-    predictions = dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
+
+    def say(image: Tensor, _: Mapping[str, Any]) -> list[str]:
+        return model.generate(
+            {"image": image, "prompt": decoding.prompt},
+            num_beams=decoding.num_beams,
+            max_length=decoding.max_new_tokens,
+            min_length=decoding.min_length,
+        )
+
+    predictions = predict_rows(dataset, rows, loader_args, say)
     return [_captioned(dataset, row, text) for row, text in predictions.items()]
 
 
@@ -101,4 +86,4 @@ def join_images(rows: Sequence[Captioned]) -> list[Captioned]:
 def write_predictions(path: Path, rows: Sequence[Captioned]) -> None:
     """Write captions in COCO's results format: [{"image_id": 42, "caption": "a dog"}, ...]."""
     results = [{"image_id": item.image_id, "caption": item.prediction} for item in rows]
-    atomic_write(path, json.dumps(results, ensure_ascii=False, indent=0) + "\n")
+    write_list(path, results)

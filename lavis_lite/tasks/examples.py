@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.tasks.gallery import Gallery
+from lavis_lite.tasks.predictions import evenly
 
 ANSWERS = 5
 THUMBNAIL = 160
@@ -82,9 +83,7 @@ def draw_examples(
 
 def _evenly(chosen: Tensor, number: int) -> list[int]:
     """At most `number` of the positions where `chosen` is true, at even distances."""
-    positions = chosen.nonzero()[:, 0]
-    take = min(number, len(positions))
-    return [int(positions[len(positions) * step // take]) for step in range(take)]
+    return evenly(chosen.nonzero()[:, 0].tolist(), number)
 
 
 def thumbnail(dataset: Any, row: int) -> bytes:

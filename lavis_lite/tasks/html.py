@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from lavis_lite.tasks.examples import Examples, ImageExample, TextExample
@@ -92,19 +92,18 @@ def examples_sections(examples: Examples) -> list[str]:
 
 
 def _image_cards(examples: Sequence[ImageExample], everything: Examples) -> str:
-    return f'<div class="cards">{"".join(_image_card(example, everything) for example in examples)}</div>'
+    return cards(_image_card(example, everything) for example in examples)
 
 
 def _image_card(example: ImageExample, everything: Examples) -> str:
     answers = "".join(
-        f'<li class="{"right" if right else "wrong"}">{_tick(right)}{_caption(text)}</li>'
+        f'<li class="{"right" if right else "wrong"}">{tick(right)}{_caption(text)}</li>'
         for text, right in example.answers
     )
     own = ""
     if not any(right for _, right in example.answers):
         own = f'<p class="note">Not among them: {_caption(example.description)}</p>'
-    picture = _picture(example.image, everything)
-    return f'<article class="card">{picture}<div><ol>{answers}</ol>{own}</div></article>'
+    return card(_picture(example.image, everything), f"<ol>{answers}</ol>{own}")
 
 
 def _text_cards(examples: Sequence[TextExample], everything: Examples) -> str:
@@ -113,7 +112,7 @@ def _text_cards(examples: Sequence[TextExample], everything: Examples) -> str:
 
 def _text_card(example: TextExample, everything: Examples) -> str:
     answers = "".join(
-        f'<li class="{"right" if right else "wrong"}">{_picture(image, everything)}{_tick(right)}</li>'
+        f'<li class="{"right" if right else "wrong"}">{_picture(image, everything)}{tick(right)}</li>'
         for image, right in example.answers
     )
     if not any(right for _, right in example.answers):
@@ -122,14 +121,28 @@ def _text_card(example: TextExample, everything: Examples) -> str:
 
 
 def _picture(image: int, everything: Examples) -> str:
-    address = data_uri(everything.thumbnails[image], "jpeg")
-    described = escape(
-        f"image {image}: {everything.descriptions.get(image, 'without a caption')}"[:CHARACTERS_OF_CAPTION]
-    )
-    return f'<img src="{address}" alt="{described}" title="{described}" loading="lazy">'
+    described = f"image {image}: {everything.descriptions.get(image, 'without a caption')}"
+    return picture(everything.thumbnails[image], described[:CHARACTERS_OF_CAPTION])
 
 
-def _tick(right: bool) -> str:
+def picture(jpeg: bytes, description: str) -> str:
+    """A picture with a description for those who can't see it."""
+    described = escape(description)
+    return f'<img src="{data_uri(jpeg, "jpeg")}" alt="{described}" title="{described}" loading="lazy">'
+
+
+def card(shown: str, told: str) -> str:
+    """A picture with something about it below."""
+    return f'<article class="card">{shown}<div>{told}</div></article>'
+
+
+def cards(several: Iterable[str]) -> str:
+    """Cards side by side."""
+    return f'<div class="cards">{"".join(several)}</div>'
+
+
+def tick(right: bool) -> str:
+    """The mark of a right answer, nothing for a wrong one."""
     return '<span class="tick" role="img" aria-label="right">✓</span> ' if right else ""
 
 

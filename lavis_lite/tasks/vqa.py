@@ -22,6 +22,7 @@ from lavis_lite.tasks.answers import (
 )
 from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation, RunFacts
 from lavis_lite.tasks.heldout import evaluating
+from lavis_lite.tasks.predictions import evenly
 from lavis_lite.tasks.summary import loss_table, table_lines
 from lavis_lite.tasks.vqa_report import (
     SCALE,
@@ -153,8 +154,7 @@ class VqaTask(BaseTask):
 
     def _rows(self, total: int, final: bool) -> list[int]:
         limit = self.questions_in_training
-        take = total if final or limit is None else min(total, limit)
-        return [total * step // take for step in range(take)]
+        return evenly(range(total), total if final or limit is None else limit)
 
     def _accuracies(self, rows: Sequence[Answered]) -> list[float] | None:
         """Of each answer; None, with a line in the log, where not all questions have known answers."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from lavis_lite.tasks.answers import Answered
 from lavis_lite.tasks.examples import thumbnail
-from lavis_lite.tasks.html import data_uri, section, table, tiles
+from lavis_lite.tasks.html import card, cards, picture, section, table, tick, tiles
+from lavis_lite.tasks.predictions import evenly
 
 SCALE = "Papers print 100 times these numbers."
 ANSWERS_SHOWN = 4
@@ -62,14 +63,9 @@ def draw_examples(
 
     wrong = [at for at, score in enumerate(accuracies or ()) if score == 0]
     return AnswerExamples(
-        [example(at) for at in _evenly(range(len(rows)), number)],
-        [example(at) for at in _evenly(wrong, (number + 1) // 2)],
+        [example(at) for at in evenly(range(len(rows)), number)],
+        [example(at) for at in evenly(wrong, (number + 1) // 2)],
     )
-
-
-def _evenly(places: Sequence[int], number: int) -> list[int]:
-    take = min(number, len(places))
-    return [places[len(places) * step // take] for step in range(take)]
 
 
 def accuracy_table(
@@ -120,20 +116,16 @@ def scores_section(metrics: Mapping[str, float], types: Sequence[TypeScore]) -> 
 def examples_sections(examples: AnswerExamples) -> list[str]:
     """Pictures with the question, the model's answer in bold, its accuracy, and what people said."""
     note = "The question, the model's answer, and people's. Drawn at even distances through the split."
-    result = [section("Questions and answers", _cards(examples.even), note=note)]
+    result = [section("Questions and answers", cards(map(_card, examples.even)), note=note)]
     if examples.wrong:
         note = "Nobody gave these answers. Drawn at even distances through all such questions."
-        result.append(section("Mistakes", _cards(examples.wrong), note=note))
+        result.append(section("Mistakes", cards(map(_card, examples.wrong)), note=note))
     return result
-
-
-def _cards(examples: Sequence[AnswerExample]) -> str:
-    return f'<div class="cards">{"".join(_card(example) for example in examples)}</div>'
 
 
 def _card(example: AnswerExample) -> str:
     item = example.item
-    described = escape(f"picture of question {item.question_id}: {item.question}")
+    described = f"picture of question {item.question_id}: {item.question}"
     truths = Counter(item.answers).most_common(ANSWERS_SHOWN)
     listed = "".join(
         f"<li>{escape(text)}{f' ({count} of {len(item.answers)})' if len(item.answers) > 1 else ''}</li>"
@@ -142,10 +134,6 @@ def _card(example: AnswerExample) -> str:
     told = [] if example.accuracy is None else [f"accuracy {example.accuracy:.2f}"]
     told += [kind for kind in (item.question_type, item.answer_type) if kind]
     right = example.accuracy is not None and example.accuracy >= 0.5
-    tick = '<span class="tick" role="img" aria-label="right">✓</span> ' if right else ""
-    return (
-        f'<article class="card"><img src="{data_uri(example.picture, "jpeg")}" alt="{described}" '
-        f'title="{described}" loading="lazy"><div><p>{escape(item.question)}</p>'
-        f"<h3>{tick}{escape(item.prediction) or '(nothing)'}</h3>"
-        f'<p class="note">{escape(", ".join(told))}</p><ol>{listed}</ol></div></article>'
-    )
+    said = f"<p>{escape(item.question)}</p><h3>{tick(right)}{escape(item.prediction) or '(nothing)'}</h3>"
+    note = f'<p class="note">{escape(", ".join(told))}</p>'
+    return card(picture(example.picture, described), f"{said}{note}<ol>{listed}</ol>")

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from seeds import surroundings, train
+from seeds import spread, surroundings, train
 
 ARMS = {"with stage 1": "{stage1}", "without": "null"}
 METRICS = {"cider": "CIDEr", "objects_right": "Objects right", "objects_named": "Objects named"}
@@ -78,8 +78,8 @@ def table(curves: dict[str, Curves]) -> list[str]:
 
 def said(values: list[float]) -> str:
     """Mean and spread of one cell."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+    mean, deviation = spread(values)
+    return f"{mean:.3f} ± {deviation:.3f}"
 
 
 def draw(curves: dict[str, Curves]) -> Figure:

@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,20 @@ def main() -> None:
 
 def train(cfg_path: str, seed: int, folder: Path, options: list[str]) -> dict[str, float]:
     """The final metrics of one seed's run."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--cfg-path", cfg_path, "--options"]
-    subprocess.run([*command, *options, f"run.seed={seed}", f"run.output_dir={folder}"], check=True)
+    run("train.py", cfg_path, folder, [*options, f"run.seed={seed}"])
     metrics: dict[str, float] = json.loads((folder / "summary.json").read_text())["metrics"]
     return metrics
+
+
+def run(script: str, cfg_path: str, folder: Path, options: Sequence[str]) -> None:
+    """Run train.py or evaluate.py; it resumes, or returns at once, where it has been before."""
+    command = [sys.executable, str(REPOSITORY / script), "--cfg-path", cfg_path, "--options"]
+    subprocess.run([*command, *options, f"run.output_dir={folder}"], check=True)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, the latter 0 of one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def table(rows: dict[str, list[float]]) -> list[str]:
@@ -54,8 +65,7 @@ def table(rows: dict[str, list[float]]) -> list[str]:
     width = max(map(len, rows))
     lines = [f"{'metric':<{width}}    mean      sd     min     max"]
     for name, values in rows.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        numbers = (statistics.mean(values), spread, min(values), max(values))
+        numbers = (*spread(values), min(values), max(values))
         lines.append(f"{name:<{width}}  " + "  ".join(f"{number:6.3f}" for number in numbers))
     return lines
 

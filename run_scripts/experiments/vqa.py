@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seeds import REPOSITORY, surroundings
+from seeds import REPOSITORY, run, spread, surroundings
 
 ZERO_SHOT = "projects/blip2/vqa_zeroshot.yaml"
 FINE_TUNED = "projects/blip2/vqa_ft.yaml"
@@ -100,21 +98,8 @@ def evaluate(arm: Arm, folder: Path, options: Sequence[str]) -> dict[str, float]
 
 
 def command(script: str, arm: Arm, folder: Path, options: Sequence[str]) -> None:
-    """Run one of the repository's commands; it resumes, or returns at once, where it has been before."""
-    start = [
-        sys.executable,
-        str(REPOSITORY / script),
-        "--cfg-path",
-        str(REPOSITORY / arm.cfg_path),
-        "--options",
-    ]
-    subprocess.run([*start, *arm.options, *options, f"run.output_dir={folder}"], check=True)
-
-
-def spread(runs: Mapping[str, Mapping[str, float]], metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds."""
-    values = [metrics[metric] for metrics in runs.values()]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Run one of the repository's commands for an arm."""
+    run(script, str(REPOSITORY / arm.cfg_path), folder, [*arm.options, *options])
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -124,7 +109,7 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]
     for name, runs in results.items():
         cells = []
         for metric in METRICS:
-            mean, deviation = spread(runs, metric)
+            mean, deviation = spread([metrics[metric] for metrics in runs.values()])
             cells.append(f"{mean:.3f} ± {deviation:.3f}" if len(runs) > 1 else f"{mean:.3f}")
         seeds = str(len(runs)) if ARMS[name].trained else "-"
         lines.append(
@@ -143,7 +128,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 3.6), layout="constrained")
     width = 0.8 / len(results)
     for number, (name, runs) in enumerate(results.items()):
-        means, deviations = zip(*(spread(runs, metric) for metric in METRICS), strict=True)
+        values = ([metrics[metric] for metrics in runs.values()] for metric in METRICS)
+        means, deviations = zip(*map(spread, values), strict=True)
         places = [place + (number - (len(results) - 1) / 2) * width for place in range(len(METRICS))]
         axes.bar(places, means, width, yerr=deviations, capsize=2, label=ARMS[name].title)
     axes.set_xticks(range(len(METRICS)), list(METRICS.values()))
