@@ -13,7 +13,7 @@ from torch import Tensor
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.models.convert.formats import our_names
-from lavis_lite.models.qformer import ImageKV, QFormer, QFormerConfig, RealTokens
+from lavis_lite.models.qformer import QFormer, QFormerConfig, RealTokens
 from lavis_lite.models.tokenizer import TextTokens
 
 Q, T, VOCAB, IMAGE_WIDTH = 2, 3, 11, 6
@@ -131,9 +131,27 @@ def test_one_image_serves_many_texts_like_its_copies() -> None:
     shared = qformer.encode_pairs(queries, image_kv, tokens)
     copied = qformer.encode_pairs(queries, image_kv[torch.tensor([0, 0, 1, 1])], tokens)
     torch.testing.assert_close(shared, copied, rtol=0, atol=2e-6)
-    joined = ImageKV.cat([image_kv[1:], image_kv[:1]])
-    assert len(joined) == 2
-    torch.testing.assert_close(joined[[1]].layers[0][0], image_kv[[0]].layers[0][0])
+    groups = qformer.encode_pairs(queries, [(image_kv[:1], 2), (image_kv[[1, 1]], 1)], tokens)
+    torch.testing.assert_close(groups, copied, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="3 images can't serve 4 texts"):
+        qformer.encode_pairs(queries, [(image_kv, 1), (image_kv[:1], 1)], tokens)
+
+
+def test_the_gradient_of_words_is_full_and_that_of_single_look_ups() -> None:
+    qformer = small_qformer(2).train()
+    tokens = tokens_of([2, 5, 6, 3], [2, 6, 3])
+    table = qformer.embeddings.word_embeddings.weight
+    found = qformer.look_up(tokens, dec_id=4)
+    assert found.words is not None and found.dec_word is not None
+    weights = torch.randn_like(found.words)
+    (
+        qformer.lm_logits(found.words[:, 0]).sum() + (found.words * weights).sum() + found.dec_word.sum()
+    ).backward()
+    ours, table.grad = table.grad, None
+    words = table[tokens.input_ids]
+    (qformer.lm_logits(words[:, 0]).sum() + (words * weights).sum() + table[4].sum()).backward()
+    assert ours is not None and not ours.is_sparse
+    torch.testing.assert_close(ours, table.grad, rtol=0, atol=1e-6)
 
 
 def test_dropout_differs_between_rows_of_a_batch() -> None:

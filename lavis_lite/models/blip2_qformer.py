@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -22,7 +23,7 @@ from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
-from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates
+from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates, Shares
 from lavis_lite.models.qformer_decoder import QFormerDecoder
 from lavis_lite.models.tokenizer import TextTokens
 from lavis_lite.models.vision.tower import validate_vision_config
@@ -180,45 +181,36 @@ class Blip2QFormer(Blip2Base):
         count = self.num_hard_negatives
         texts, texts_valid = losses.sample_negatives(contrast.logits_i2t, contrast.same_image, count=count)
         images, images_valid = losses.sample_negatives(contrast.logits_t2i, contrast.same_image, count=count)
-        own = torch.arange(len(tokens), device=self.device)
-        own_repeated = own.repeat_interleave(texts.shape[1])
-
-        pairs_kv = self._with_negative_images(
-            image_embeds, image_kv, torch.cat([own, own_repeated]), images.flatten()
-        )
-        pairs_tokens = self._with_negative_texts(tokens, own, texts.flatten(), own_repeated)
-        logits = self.match_logits(pairs_kv, pairs_tokens)
+        others = texts.shape[1]
+        # Every image with its own text and its negatives side by side, then every text with its negative images.
+        pairs_kv = [(image_kv, 1 + others), (self._negative_images(image_embeds, image_kv, images), 1)]
+        logits = self.match_logits(pairs_kv, self._paired_texts(tokens, texts))
 
         labels = torch.zeros(len(logits), dtype=torch.long, device=self.device)
-        labels[: len(own)] = 1
+        labels[: texts.numel() + len(texts)] = F.pad(torch.zeros_like(texts), (1, 0), value=1).flatten()
         # A row whose batch shows a single picture has no negative; its drawn ones, and it, don't count.
-        valid = torch.cat(
-            [(texts_valid | images_valid).any(1), texts_valid.flatten(), images_valid.flatten()]
-        )
+        some = (texts_valid | images_valid).any(1, keepdim=True)
+        valid = torch.cat([torch.cat([some, texts_valid], 1).flatten(), images_valid.flatten()])
         return losses.itm_loss(logits, labels, valid, total=self._mean_over_ranks(valid.sum()))
 
-    def _with_negative_images(
-        self, image_embeds: Tensor, image_kv: ImageKV, own_rows: Tensor, negatives: Tensor
-    ) -> ImageKV:
-        """The images `own_rows` of this rank, then `negatives` of all ranks (numbered over the ranks)."""
+    def _negative_images(self, image_embeds: Tensor, image_kv: ImageKV, images: Tensor) -> ImageKV:
+        """The images drawn for each text, numbered over the ranks [B, K] -> B * K of them."""
         if not self._exchanges():
-            return image_kv[torch.cat([own_rows, negatives])]
+            return image_kv[images.flatten()]
         # Features travel and the drawn ones are projected again: keys and values of all blocks would be 6.5
         # times as much to send at full size (6 x 2 x 768 numbers a token against 1408).
-        everywhere = dist.all_gather_with_grad(image_embeds)
-        return ImageKV.cat([image_kv[own_rows], self.project_image(everywhere[negatives])])
+        return self.project_image(dist.all_gather_with_grad(image_embeds)[images.flatten()])
 
-    def _with_negative_texts(
-        self, tokens: TextTokens, own: Tensor, negatives: Tensor, own_repeated: Tensor
-    ) -> TextTokens:
-        """This rank's texts, `negatives` of all ranks, then this rank's again for each negative image."""
+    def _paired_texts(self, tokens: TextTokens, texts: Tensor) -> TextTokens:
+        """Each own text followed by those drawn for its image [B, K], then each own text K times."""
         everywhere, offset = tokens, 0
         if self._exchanges():
             wide = tokens.padded(self.max_txt_len)
             everywhere = TextTokens(self._gather(wide.input_ids), self._gather(wide.attention_mask))
             offset = dist.rank() * len(tokens)
-        pairs = everywhere[torch.cat([own + offset, negatives, own_repeated + offset])]
-        return pairs.trimmed() if self._exchanges() else pairs
+        own = torch.arange(len(tokens), device=self.device)[:, None] + offset
+        rows = torch.cat([torch.cat([own, texts], 1).flatten(), own.expand_as(texts).flatten()])
+        return everywhere[rows].trimmed() if self._exchanges() else everywhere[rows]
 
     def _generate_loss(self, queries: QueryStates, tokens: TextTokens) -> Tensor:
         """ITG: each token of a caption from the image's queries and the tokens before it."""
@@ -256,14 +248,14 @@ class Blip2QFormer(Blip2Base):
         """A text's projected [CLS] [B, E], L2-normalised."""
         return normalize(self.text_proj(self.Qformer.encode_text(tokens, read="first")).float(), dim=-1)
 
-    def match_logits(self, image_kv: ImageKV, tokens: TextTokens) -> Tensor:
+    def match_logits(self, images: ImageKV | Shares, tokens: TextTokens) -> Tensor:
         """ITM logits [B, 2] (no match, match), averaged over the queries.
 
         Args:
-            image_kv: one image per text, or I images of which each serves B/I texts in a row (one: all
-                texts).
+            images: one image per text, or I images of which each serves B/I texts in a row (one: all
+                texts), or groups of such, see `QFormer.encode_pairs`.
         """
-        paired = self.Qformer.encode_pairs(self.query_tokens, image_kv, tokens)
+        paired = self.Qformer.encode_pairs(self.query_tokens, images, tokens)
         # The head is affine: the mean of its logits is that of its inputs.
         return self.itm_head(paired.mean(1))
 

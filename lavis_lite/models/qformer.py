@@ -92,14 +92,14 @@ class ImageKV:
         """The chosen images, in that order, repeated where an index is."""
         return ImageKV(tuple(kv and (take_rows(kv[0], rows), take_rows(kv[1], rows)) for kv in self.layers))
 
-    @staticmethod
-    def cat(parts: Sequence[ImageKV]) -> ImageKV:
-        """All images of `parts`, one after the other."""
-        layers = []
-        for layer in zip(*(part.layers for part in parts), strict=True):
-            kvs = [kv for kv in layer if kv is not None]
-            layers.append((torch.cat([k for k, _ in kvs]), torch.cat([v for _, v in kvs])) if kvs else None)
-        return ImageKV(tuple(layers))
+    def looks(self, layer: int, each: int = 1) -> list[tuple[Tensor, Tensor, int]]:
+        """What a block sees when `each` rows in a row look at every image; nothing without cross-attention."""
+        kv = self.layers[layer]
+        return [] if kv is None else [(*kv, each)]
+
+
+# Groups of images, each with how many rows one after the other look at an image of it.
+Shares = Sequence[tuple[ImageKV, int]]
 
 
 @dataclass(frozen=True)
@@ -249,10 +249,13 @@ class QFormer(nn.Module):
     def look_up(self, tokens: TextTokens, *, dec_id: int) -> TextTokens:
         """The same tokens with their word embeddings and that of [DEC], for all that is to be done with them.
 
-        Every look-up's gradient is as large as the table (30,523 x 768): one instead of one for each loss.
+        Every look-up's gradient is as large as the table (30,523 x 768): one instead of one for each loss. On a CPU
+        it is sparse until the prediction head's, a full one, comes to it: to fill that table with zeros took 7% of a
+        step. On a GPU the sum of both would add repeated words in no fixed order.
         """
         ids = torch.cat([tokens.input_ids.flatten(), tokens.input_ids.new_tensor([dec_id])])
-        words = self.embeddings.word_embeddings(ids)
+        table = self.embeddings.word_embeddings.weight
+        words = F.embedding(ids, table, sparse=table.device.type == "cpu")
         return replace(tokens, words=words[:-1].unflatten(0, tokens.input_ids.shape), dec_word=words[-1])
 
     def project_image(self, image_embeds: Tensor) -> ImageKV:
@@ -268,10 +271,10 @@ class QFormer(nn.Module):
         """Queries [1, Q, D] look at each image, and at no text."""
         hidden = self._embed_queries(query_tokens, len(image_kv))
         kept = []
-        for layer, image in zip(self.layers, image_kv.layers, strict=True):
+        for index, layer in enumerate(self.layers):
             key, value = layer.attention.keys_values(hidden)
             attended = layer.attention.attend(layer.attention.query(hidden), key, value)
-            hidden = layer.finish_queries(attended, hidden, image)
+            hidden = layer.finish_queries(attended, hidden, image_kv.looks(index))
             kept.append((key, value))
         return QueryStates(hidden, tuple(kept))
 
@@ -305,35 +308,39 @@ class QFormer(nn.Module):
             hidden = layer.finish_text(attended, hidden)
         return hidden if read == "first" else hidden[: real.count]
 
-    def encode_pairs(self, query_tokens: Tensor, image_kv: ImageKV, tokens: TextTokens) -> Tensor:
+    def encode_pairs(self, query_tokens: Tensor, images: ImageKV | Shares, tokens: TextTokens) -> Tensor:
         """Queries and text that all see each other (bidirectional mask).
 
         Args:
             query_tokens: [1, Q, D].
-            image_kv: I images for B texts, B a multiple of I: each image serves B/I texts in a row.
+            images: I images for B texts, B a multiple of I: each image serves B/I texts in a row. Or several
+                such groups, one after the other, each with how many texts an image of it serves.
 
         Returns: the queries' states [B, Q, D].
 
-        Raises ValueError when B is no multiple of I.
+        Raises ValueError when the images don't serve B texts.
         """
         rows, num_query = len(tokens), query_tokens.shape[1]
-        if rows % len(image_kv):
-            raise ValueError(f"{len(image_kv)} images can't serve {rows} texts: give as many, or a multiple")
+        shares = [(images, rows // len(images))] if isinstance(images, ImageKV) else images
+        if sum(len(kv) * each for kv, each in shares) != rows:
+            count = sum(len(kv) for kv, _ in shares)
+            raise ValueError(f"{count} images can't serve {rows} texts: give as many, or a multiple")
         real = RealTokens(tokens.attention_mask)
         queries, text = self._embed_queries(query_tokens, rows), self._embed_text(tokens, real)
         mask = None
         if real.mask is not None:
             mask = torch.cat([real.mask.new_ones(rows, num_query), real.mask], 1)[:, None, None]
-        for layer, image in zip(self.layers, image_kv.layers, strict=True):
+        for index, layer in enumerate(self.layers):
             attention = layer.attention
+            looks = [look for kv, each in shares for look in kv.looks(index, each)]
             spread = tuple(real.spread(x) for x in attention.keys_values(text))
             key, value = _behind(attention.keys_values(queries), (spread[0], spread[1]))
             query = attention.query(queries).expand(rows, -1, -1)
             if layer is self.layers[-1]:
-                return layer.finish_queries(attention.attend(query, key, value, mask), queries, image)
+                return layer.finish_queries(attention.attend(query, key, value, mask), queries, looks)
             query = torch.cat([query, real.spread(attention.query(text))], 1)
             attended = attention.attend(query, key, value, mask)
-            queries = layer.finish_queries(attended[:, :num_query], queries, image)
+            queries = layer.finish_queries(attended[:, :num_query], queries, looks)
             text = layer.finish_text(real.pack(attended[:, num_query:]), text)
         raise AssertionError("unreachable: a Q-Former has at least one block")
 

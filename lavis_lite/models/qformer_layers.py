@@ -5,12 +5,18 @@ B rows, Q queries, T text tokens, N real text tokens of all rows together, P ima
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
 from lavis_lite.models.attention import attend
 
 EPS = 1e-12  # of every LayerNorm in BERT
+
+# Keys and values [I, P, D] of I images, and how many rows one after the other look at each of them.
+Looks = Sequence[tuple[Tensor, Tensor, int]]
 
 
 class AddNorm(nn.Module):
@@ -94,24 +100,26 @@ class QFormerLayer(nn.Module):
         hidden = self.attention.output(attended, hidden)
         return self.output(self.intermediate(hidden), hidden)
 
-    def finish_queries(self, attended: Tensor, hidden: Tensor, image: tuple[Tensor, Tensor] | None) -> Tensor:
+    def finish_queries(self, attended: Tensor, hidden: Tensor, images: Looks) -> Tensor:
         """What follows self-attention for queries: both [B or 1, Q, D] -> [B or 1, Q, D].
 
         Args:
-            image: keys and values [I, P, D] of this block's cross-attention. When I < B, rows
-                i*B/I .. (i+1)*B/I all look at image i: their queries are laid side by side rather than
-                the image repeated.
+            images: what this block's cross-attention looks at; empty where it has none. The rows of an image have
+                their queries laid side by side rather than the image repeated.
         """
         hidden = self.attention.output(attended, hidden)
         if self.crossattention is not None:
-            assert image is not None, "a block with cross-attention needs the image's keys and values"
-            hidden = self._look_at_image(hidden, *image)
+            assert images, "a block with cross-attention needs the image's keys and values"
+            hidden = self._look_at_images(hidden, images)
         return self.output_query(self.intermediate_query(hidden), hidden)
 
-    def _look_at_image(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _look_at_images(self, hidden: Tensor, images: Looks) -> Tensor:
         assert self.crossattention is not None
-        query = self.crossattention.query(hidden)
-        images, rows = key.shape[0], max(key.shape[0], hidden.shape[0])
-        query = query.expand(rows, -1, -1).reshape(images, -1, query.shape[-1])
-        seen = self.crossattention.attend(query, key, value)
-        return self.crossattention.output(seen.reshape(rows, -1, seen.shape[-1]), hidden)
+        counts = [len(key) * each for key, _, each in images]
+        query = self.crossattention.query(hidden).expand(sum(counts), -1, -1)
+        seen = []
+        for rows, (key, value, _) in zip(query.split(counts), images, strict=True):
+            side_by_side = rows.reshape(len(key), -1, rows.shape[-1])
+            seen.append(self.crossattention.attend(side_by_side, key, value).reshape(rows.shape))
+        joined = seen[0] if len(seen) == 1 else torch.cat(seen)
+        return self.crossattention.output(joined, hidden)

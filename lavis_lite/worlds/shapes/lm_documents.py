@@ -7,28 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lavis_lite.worlds.shapes.captions import STYLES, caption, describe
-from lavis_lite.worlds.shapes.questions import TYPES, ask
+from lavis_lite.worlds.shapes.questions import TYPES, ask, uniques
 from lavis_lite.worlds.shapes.scene import CELLS, Scene, SceneObject
-from lavis_lite.worlds.shapes.words import PLACES, join, noun
+from lavis_lite.worlds.shapes.words import PLACES, RELATIONS, holds, join, noun
 
 # How often a reply is drawn, per reply wanted, before a document does with fewer.
 MAX_DRAWS = 3
 # The exact prompts of BLIP-2's question answering, in lower case.
 QUESTION_PROMPTS = ("question: {} answer:", "question: {} short answer:")
 DESCRIBE_PROMPT = "describe:"
+# After a question about two objects, instead of its answer: where are they, and which relations hold?
+PAIR_PROMPTS = {"where": "question: {} where:", "what": "question: {} what:"}
 # Joins words that share one place of the input, see `_slots`.
 BLEND = "+"
 CAPTION_PROMPTS = ("", "a photo of", "a picture of", "caption:")
 _CAPTION_WEIGHTS = (3, 5, 1, 1)
 # What a reply is about, and how often it is so.
-REPLY_WEIGHTS = {"answer": 10, "object": 5, "caption": 3, "description": 2}
+REPLY_WEIGHTS = {"answer": 10, "object": 5, "caption": 3, "description": 2, "pair": 0}
 # Types that need several facts of the description at once are the ones learned last.
 TYPE_WEIGHTS = {kind: 3 if kind in ("relation", "kind_count", "existence") else 1 for kind in TYPES}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A prompt, the text that should follow it, and what it is: answer, object, caption or description."""
+    """A prompt, the text that should follow it, and what it is: one of `REPLY_WEIGHTS`."""
 
     prompt: str
     text: str
@@ -90,10 +92,23 @@ def _reply(
         return Reply(DESCRIBE_PROMPT, describe(scene), kind)
     if kind == "object":
         return _object(scene, rng)
+    if kind == "pair" and len(uniques(scene, "colour", "shape")) > 1:
+        return _pair(scene, rng)
     question = None
     while question is None:
         question = ask(scene, rng.choices(list(type_weights), list(type_weights.values()))[0], rng)
-    return Reply(question_prompt(question.text, rng), question.answer, kind)
+    return Reply(question_prompt(question.text, rng), question.answer, "answer")
+
+
+def _pair(scene: Scene, rng: random.Random) -> Reply:
+    """The two places that a relation compares, or the relations that hold: the steps on the way to its answer."""
+    first, second = rng.sample(uniques(scene, "colour", "shape"), 2)
+    question = f"is {noun(first, article='the')} {rng.choice(RELATIONS)} {noun(second, article='the')}?"
+    asked = rng.choice(list(PAIR_PROMPTS))
+    told = [relation for relation in RELATIONS if holds(relation, first, second)]
+    if asked == "where":
+        told = [CELLS[first.cell], CELLS[second.cell]]
+    return Reply(PAIR_PROMPTS[asked].format(question), ", ".join(told), "pair")
 
 
 def _object(scene: Scene, rng: random.Random) -> Reply:

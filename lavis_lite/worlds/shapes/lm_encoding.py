@@ -14,7 +14,7 @@ from torch import Tensor
 from lavis_lite.worlds.shapes.lm_documents import BLEND, Document, Reply
 
 # 0 is for padding and whatever is never a target.
-ROLES = {"context": 1, "prompt": 2, "text": 3, "answer": 4, "object": 5}
+ROLES = {"context": 1, "prompt": 2, "text": 3, "answer": 4, "object": 5, "pair": 6}
 # The words of an object: size, colour, shape, and two for a corner.
 MAX_BLEND = 5
 

@@ -31,7 +31,9 @@ class ShapesLMPretrain(BaseModel):
     Args:
         family: "opt" (decoder only) or "t5" (encoder and decoder, gated GELU as in FlanT5).
         width, depth, num_heads, hidden: of the blocks; a T5 has `depth` of them on either side.
-        context_weight, prompt_weight, text_weight, answer_weight, object_weight: of the loss on a word of that role.
+        encoder_depth: blocks of a T5's encoder, if another number.
+        context_weight, prompt_weight, text_weight, answer_weight, object_weight, pair_weight: of the loss on a
+            word of that role.
     """
 
     presets: ClassVar[str] = "shapes_lm_pretrain"
@@ -44,21 +46,31 @@ class ShapesLMPretrain(BaseModel):
         depth: int = 4,
         num_heads: int = 4,
         hidden: int = 512,
+        encoder_depth: int | None = None,
         context_weight: float = 0.05,
         prompt_weight: float = 0.05,
         text_weight: float = 1.0,
         answer_weight: float = 5.0,
         object_weight: float = 2.0,
+        pair_weight: float = 2.0,
     ) -> None:
         super().__init__()
         self.family = family
-        self.lm = build_language_model(family, width=width, depth=depth, num_heads=num_heads, hidden=hidden)
+        self.lm = build_language_model(
+            family,
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            hidden=hidden,
+            encoder_depth=encoder_depth,
+        )
         weights = {
             "context": context_weight,
             "prompt": prompt_weight,
             "text": text_weight,
             "answer": answer_weight,
             "object": object_weight,
+            "pair": pair_weight,
         }
         table = torch.zeros(len(ROLES) + 1)
         for role, number in ROLES.items():
@@ -85,7 +97,7 @@ class ShapesLMPretrain(BaseModel):
         each, weights = F.cross_entropy(logits, labels, reduction="none"), self.role_weights[roles]
         losses = {"loss": (each * weights).sum() / weights.sum()}
         right = (logits.argmax(-1) == labels).float()
-        for name in ("text", "answer", "object"):
+        for name in ("text", "answer", "object", "pair"):
             chosen = roles == ROLES[name]
             count = chosen.sum().clamp(min=1)
             losses[f"loss_{name}"] = (each * chosen).sum() / count
@@ -103,12 +115,14 @@ class ShapesLMPretrain(BaseModel):
         return {name for name, _ in self.named_parameters() if "embed_positions" in name}
 
 
-def build_language_model(family: str, *, width: int, depth: int, num_heads: int, hidden: int) -> Any:
+def build_language_model(
+    family: str, *, width: int, depth: int, num_heads: int, hidden: int, encoder_depth: int | None = None
+) -> Any:
     """A transformers `OPTForCausalLM` or `T5ForConditionalGeneration` with random weights."""
     vocabulary = tokens(family)
     if family == "opt":
         return _build_opt(vocabulary, width, depth, num_heads, hidden)
-    return _build_t5(vocabulary, width, depth, num_heads, hidden)
+    return _build_t5(vocabulary, width, (encoder_depth or depth, depth), num_heads, hidden)
 
 
 def _build_opt(vocabulary: list[str], width: int, depth: int, num_heads: int, hidden: int) -> Any:
@@ -143,7 +157,7 @@ def _build_opt(vocabulary: list[str], width: int, depth: int, num_heads: int, hi
     return model
 
 
-def _build_t5(vocabulary: list[str], width: int, depth: int, num_heads: int, hidden: int) -> Any:
+def _build_t5(vocabulary: list[str], width: int, depths: tuple[int, int], num_heads: int, hidden: int) -> Any:
     from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
     config = T5Config(
@@ -151,7 +165,8 @@ def _build_t5(vocabulary: list[str], width: int, depth: int, num_heads: int, hid
         d_model=width,
         d_kv=width // num_heads,
         d_ff=hidden,
-        num_layers=depth,
+        num_layers=depths[0],
+        num_decoder_layers=depths[1],
         num_heads=num_heads,
         feed_forward_proj="gated-gelu",
         # FlanT5's own are not tied. transformers reads that from a saved configuration in different ways in its

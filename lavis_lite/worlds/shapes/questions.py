@@ -118,7 +118,7 @@ def _ask_position(scene: Scene, rng: random.Random) -> _Found:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> _Found:
-    items = _uniques(scene, "colour", "shape")
+    items = uniques(scene, "colour", "shape")
     if len(items) < 2:
         return None
     first, second = rng.sample(items, 2)
@@ -220,14 +220,14 @@ def answers() -> list[str]:
     return ["yes", "no", *"01234", *COLOURS, *BACKGROUNDS, *SHAPES, *SIZES, *CELLS]
 
 
-def _uniques(scene: Scene, *attributes: str) -> list[SceneObject]:
+def uniques(scene: Scene, *attributes: str) -> list[SceneObject]:
     """The objects that these attributes tell from all others."""
     keys = [tuple(getattr(item, name) for name in attributes) for item in scene.objects]
     return [item for item, key in zip(scene.objects, keys, strict=True) if keys.count(key) == 1]
 
 
 def _unique(scene: Scene, rng: random.Random, *attributes: str) -> SceneObject | None:
-    items = _uniques(scene, *attributes)
+    items = uniques(scene, *attributes)
     return rng.choice(items) if items else None
 
 
