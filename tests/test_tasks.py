@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis_lite.common.errors import DataError
+from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.registry import registry
 from lavis_lite.tasks.base import BaseTask, EvalArgs, RunFacts
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
@@ -37,6 +37,17 @@ def test_retrieval_equals_the_slow_version(form: Any, k: int) -> None:
     expected = slow_retrieval(Matcher(), data, k, form)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert expected["itc/ir_mean_rank"] != expected["rerank/ir_mean_rank"]
+
+
+def test_a_small_weight_of_the_matching_head_only_breaks_ties_of_itc() -> None:
+    data = Pictures()
+    metrics = evaluate(data, k_test=12, itm_weight=1e-9).metrics
+    full = evaluate(data, k_test=12).metrics
+    for name in ("tr_mean_rank", "ir_mean_rank", "ir_r1"):
+        assert metrics[f"rerank/{name}"] == metrics[f"itc/{name}"]
+    assert full["rerank/ir_mean_rank"] != full["itc/ir_mean_rank"]
+    with pytest.raises(ConfigError, match=r"task\.itm_weight: must be above 0, got 0"):
+        ImageTextPretrainTask(itm_weight=0)
 
 
 def test_the_sum_is_the_odds_of_a_match_given_how_negatives_were_drawn() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common import dist
+from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.metrics.retrieval import (
     chance_recall,
@@ -59,6 +61,7 @@ class ImageTextPretrainTask(BaseTask):
 
     k_test: candidates at the end of a run. k_test_in_training: candidates in mid-training, 0 for none.
     rerank: the form of the score, see `lavis_lite.tasks.rerank`; "none" leaves re-ranking out.
+    itm_weight: of the ITM head in the form "sum", above 0.
     num_examples: images, and captions, that the report shows with their first answers.
     loss_batch_size, loss_batches, seed: see `BaseTask`.
 
@@ -73,6 +76,7 @@ class ImageTextPretrainTask(BaseTask):
         k_test: int = 128,
         k_test_in_training: int = 0,
         rerank: Literal["sum", "itm", "lavis", "none"] = "sum",
+        itm_weight: float = 1.0,
         num_examples: int = 6,
         loss_batch_size: int = 64,
         loss_batches: int = 16,
@@ -81,7 +85,12 @@ class ImageTextPretrainTask(BaseTask):
         super().__init__(loss_batch_size=loss_batch_size, loss_batches=loss_batches, seed=seed)
         self.k_test = k_test
         self.k_test_in_training = k_test_in_training
+        if itm_weight <= 0:
+            raise ConfigError(
+                f"task.itm_weight: must be above 0, got {itm_weight}; task.rerank: none for ITC alone"
+            )
         self.rerank = rerank
+        self.itm_weight = itm_weight
         self.num_examples = num_examples
 
     def evaluate(self, model: Any, dataset: Any, *, loader_args: EvalArgs, final: bool = True) -> Evaluation:
@@ -119,12 +128,11 @@ class ImageTextPretrainTask(BaseTask):
         self, by_itc: _Rankings, gallery: Gallery, relevant: Tensor, matches: Matches, temperature: float
     ) -> _Rankings:
         similarity = gallery.similarity
-        text_scores = pair_scores(
-            self.rerank, matches.text_logits, similarity.gather(1, matches.texts), temperature
+        score = functools.partial(
+            pair_scores, self.rerank, temperature=temperature, itm_weight=self.itm_weight
         )
-        image_scores = pair_scores(
-            self.rerank, matches.image_logits, similarity.T.gather(1, matches.images), temperature
-        )
+        text_scores = score(matches.text_logits, similarity.gather(1, matches.texts))
+        image_scores = score(matches.image_logits, similarity.T.gather(1, matches.images))
         with_text = relevant.any(dim=1)
         truth = relevant_images(gallery.image_of_text, len(gallery.rows))
         return _Rankings(

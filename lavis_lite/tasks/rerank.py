@@ -3,10 +3,11 @@
 Three forms of the score of a pair, with d = logit(match) - logit(no match) of the ITM head, s the cosine of
 ITC and t its temperature:
 
-- "sum", d + s / t. The head learns to tell pairs from the negatives it is shown, and those are drawn in
+- "sum", w d + s / t. The head learns to tell pairs from the negatives it is shown, and those are drawn in
   proportion to exp(s / t). So d estimates what remains of the log odds of a match once s / t is known,
   log p(image, text) / (p(image) p(text)) - s / t + const., and the ranking by the odds themselves has to
-  put s / t back.
+  put s / t back. w = 1 is right for a head that knows these odds; one that learned from few pairs, or for few
+  steps, is too sure of them, and a smaller w (`itm_weight`) keeps its errors from undoing what s / t has right.
 - "itm", d alone: what would be right had the negatives been drawn at random.
 - "lavis", logit(match) + s: the form of the published retrieval scores. It leaves out the other logit,
   and s without temperature hardly counts.
@@ -65,12 +66,14 @@ def match_candidates(model: MatchingModel, gallery: Gallery, k: int, loader_args
     )
 
 
-def pair_scores(form: str, logits: Tensor, similarity: Tensor, temperature: float) -> Tensor:
+def pair_scores(
+    form: str, logits: Tensor, similarity: Tensor, temperature: float, *, itm_weight: float = 1.0
+) -> Tensor:
     """Scores in one of the module's forms. logits: float[..., 2]; similarity: float[...], cosines."""
     if form == "lavis":
         return logits[..., 1] + similarity
     difference = logits[..., 1] - logits[..., 0]
-    return difference + similarity / temperature if form == "sum" else difference
+    return itm_weight * difference + similarity / temperature if form == "sum" else difference
 
 
 def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: Any) -> tuple[Tensor, Tensor]:
