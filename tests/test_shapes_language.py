@@ -30,7 +30,7 @@ from lavis_lite.worlds.shapes.lm_task import ANSWER_GATE, COPY_GATE, GATES, Shap
 from lavis_lite.worlds.shapes.lm_tokenizers import FAMILIES, LANGUAGE, build_tokenizer
 from lavis_lite.worlds.shapes.questions import TYPES, answer, ask, questions
 from lavis_lite.worlds.shapes.scene import Scene, Split, sample_scene
-from lavis_lite.worlds.shapes.words import PLACES, noun
+from lavis_lite.worlds.shapes.words import PLACES, RELATIONS, noun
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,6 +130,31 @@ def test_replies_follow_from_the_context() -> None:
                 assert answer(match[1], text.context) == reply.text
                 checked += 1
     assert checked > 200
+
+
+def test_pair_replies_are_the_steps_to_a_relation() -> None:
+    seen = {"where": 0, "what": 0}
+    for index, scene in enumerate(scenes(60)):
+        text = document(
+            scene, random.Random(index), replies=6, contexts={"full": 1.0}, reply_weights={"pair": 1}
+        )
+        for reply in text.replies:
+            if reply.kind != "pair":
+                continue  # of a picture without two objects that can be told apart
+            match = re.fullmatch(
+                r"question: is the (.*) (left of|right of|above|below) the (.*)\? (\w+):", reply.prompt
+            )
+            assert match
+            first, second, asked = match.groups()
+            seen[asked] += 1
+            if asked == "where":
+                told = [answer(f"where is the {name}?", text.context) for name in (first, second)]
+            else:
+                told = [
+                    r for r in RELATIONS if answer(f"is the {first} {r} the {second}?", text.context) == "yes"
+                ]
+            assert reply.text == ", ".join(told)
+    assert min(seen.values()) > 80
 
 
 @pytest.mark.parametrize("form", CONTEXTS)
