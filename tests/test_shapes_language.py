@@ -142,7 +142,7 @@ def test_pair_replies_are_the_steps_to_a_relation() -> None:
             if reply.kind != "pair":
                 continue  # of a picture without two objects that can be told apart
             match = re.fullmatch(
-                r"question: is the (.*) (left of|right of|above|below) the (.*)\? (\w+):", reply.prompt
+                r"question: is the (.*) (?:left of|right of|above|below) the (.*)\? (\w+):", reply.prompt
             )
             assert match
             first, second, asked = match.groups()
