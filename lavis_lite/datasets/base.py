@@ -23,8 +23,8 @@ class UnreadableSample(Exception):
 
 
 @runtime_checkable
-class MapDataset(Protocol):
-    """Rows by number. Everything random in a row is a pure function of (index, seed)."""
+class Rows(Protocol):
+    """Rows by number, all a loader asks for. Everything random in a row is a pure function of (index, seed)."""
 
     name: str
 
@@ -37,6 +37,10 @@ class MapDataset(Protocol):
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows that `load` returned."""
         ...
+
+
+class MapDataset(Rows, Protocol):
+    """What builders give: rows, and what evaluations and reports show of them."""
 
     def captions(self, index: int) -> list[str]:
         """All processed captions of a row; empty when they can't be read."""

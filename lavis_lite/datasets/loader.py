@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.datasets.base import MapDataset, UnreadableSample
+from lavis_lite.datasets.base import Rows, UnreadableSample
 from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Fetched(NamedTuple):
 class TrainReader(Dataset[Fetched]):
     """Reads whole batches; an unreadable row is replaced by one that (seed, epoch, row, attempt) fix."""
 
-    def __init__(self, datasets: Sequence[MapDataset], seed: int) -> None:
+    def __init__(self, datasets: Sequence[Rows], seed: int) -> None:
         self.datasets = list(datasets)
         self.seed = seed
 
@@ -60,7 +60,7 @@ class TrainReader(Dataset[Fetched]):
         return Fetched(dataset.collate(samples), len(samples), failures)
 
     def _load(
-        self, dataset: MapDataset, key: tuple[int, int, int, int], failures: list[tuple[str, str]]
+        self, dataset: Rows, key: tuple[int, int, int, int], failures: list[tuple[str, str]]
     ) -> dict[str, Any] | None:
         row = key[-1]
         for attempt in range(MAX_ATTEMPTS):
@@ -75,7 +75,7 @@ class TrainReader(Dataset[Fetched]):
 class EvalReader(Dataset[Fetched]):
     """Reads whole batches of given rows; unreadable ones are left out."""
 
-    def __init__(self, dataset: MapDataset) -> None:
+    def __init__(self, dataset: Rows) -> None:
         self.dataset = dataset
 
     def __getitem__(self, task: Task) -> Fetched:
@@ -151,7 +151,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        datasets: Sequence[MapDataset],
+        datasets: Sequence[Rows],
         ratios: Sequence[float] | None = None,
         *,
         batch_size: int,
@@ -234,7 +234,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        dataset: MapDataset,
+        dataset: Rows,
         *,
         batch_size: int,
         num_workers: int = 0,
@@ -274,7 +274,7 @@ class EvalLoader:
 
 
 def eval_loader(
-    dataset: MapDataset,
+    dataset: Rows,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -334,7 +334,7 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _check_sizes(datasets: Sequence[MapDataset], rank: int, world_size: int) -> None:
+def _check_sizes(datasets: Sequence[Rows], rank: int, world_size: int) -> None:
     if not datasets:
         raise ConfigError("no dataset to train on: the config's `datasets` section has no train split")
     if not 0 <= rank < world_size:
@@ -344,7 +344,7 @@ def _check_sizes(datasets: Sequence[MapDataset], rank: int, world_size: int) -> 
             raise DataError(f"dataset '{dataset.name}' has no rows to train on")
 
 
-def _weights(datasets: Sequence[MapDataset], ratios: Sequence[float] | None) -> list[float]:
+def _weights(datasets: Sequence[Rows], ratios: Sequence[float] | None) -> list[float]:
     if ratios is None:
         return [float(len(dataset)) for dataset in datasets]
     if len(ratios) != len(datasets):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -187,7 +186,7 @@ class Blip2QFormer(Blip2Base):
         logits = self.match_logits(pairs_kv, self._paired_texts(tokens, texts))
 
         labels = torch.zeros(len(logits), dtype=torch.long, device=self.device)
-        labels[: texts.numel() + len(texts)] = F.pad(torch.zeros_like(texts), (1, 0), value=1).flatten()
+        labels[: len(tokens) * (1 + others) : 1 + others] = 1
         # A row whose batch shows a single picture has no negative; its drawn ones, and it, don't count.
         some = (texts_valid | images_valid).any(1, keepdim=True)
         valid = torch.cat([torch.cat([some, texts_valid], 1).flatten(), images_valid.flatten()])

@@ -37,7 +37,7 @@ def predict_rows(
         loader_args: `EvalArgs`. say: one text an image, given images float[B, 3, H, W] on the device and their batch.
     """
     loader = eval_loader(
-        ChosenRows(dataset, rows, seed=0),  # type: ignore[arg-type]  # evaluation asks for nothing else
+        ChosenRows(dataset, rows, seed=0),
         batch_size=loader_args.batch_size,
         num_workers=loader_args.num_workers,
         rank=dist.rank(),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lavis_lite.worlds.shapes.captions import STYLES, caption, describe
-from lavis_lite.worlds.shapes.questions import TYPES, ask, uniques
+from lavis_lite.worlds.shapes.questions import TYPES, ask, relation_question, uniques
 from lavis_lite.worlds.shapes.scene import CELLS, Scene, SceneObject
 from lavis_lite.worlds.shapes.words import PLACES, RELATIONS, holds, join, noun
 
@@ -92,18 +92,18 @@ def _reply(
         return Reply(DESCRIBE_PROMPT, describe(scene), kind)
     if kind == "object":
         return _object(scene, rng)
-    if kind == "pair" and len(uniques(scene, "colour", "shape")) > 1:
-        return _pair(scene, rng)
+    if kind == "pair" and len(distinct := uniques(scene, "colour", "shape")) > 1:
+        return _pair(distinct, rng)
     question = None
     while question is None:
         question = ask(scene, rng.choices(list(type_weights), list(type_weights.values()))[0], rng)
     return Reply(question_prompt(question.text, rng), question.answer, "answer")
 
 
-def _pair(scene: Scene, rng: random.Random) -> Reply:
+def _pair(items: Sequence[SceneObject], rng: random.Random) -> Reply:
     """The two places that a relation compares, or the relations that hold: the steps on the way to its answer."""
-    first, second = rng.sample(uniques(scene, "colour", "shape"), 2)
-    question = f"is {noun(first, article='the')} {rng.choice(RELATIONS)} {noun(second, article='the')}?"
+    first, second = rng.sample(items, 2)
+    question = relation_question(first, rng.choice(RELATIONS), second)
     asked = rng.choice(list(PAIR_PROMPTS))
     told = [relation for relation in RELATIONS if holds(relation, first, second)]
     if asked == "where":

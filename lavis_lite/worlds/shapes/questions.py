@@ -124,8 +124,12 @@ def _ask_relation(scene: Scene, rng: random.Random) -> _Found:
     first, second = rng.sample(items, 2)
     truth = rng.random() < 0.5
     fitting = [relation for relation in RELATIONS if holds(relation, first, second) == truth]
-    text = f"is {noun(first, article='the')} {rng.choice(fitting)} {noun(second, article='the')}?"
-    return text, "yes" if truth else "no"
+    return relation_question(first, rng.choice(fitting), second), "yes" if truth else "no"
+
+
+def relation_question(first: SceneObject, relation: str, second: SceneObject) -> str:
+    """Whether a relation holds between two objects, in words."""
+    return f"is {noun(first, article='the')} {relation} {noun(second, article='the')}?"
 
 
 def _ask_background(scene: Scene, rng: random.Random) -> _Found:
