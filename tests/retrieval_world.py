@@ -99,8 +99,8 @@ class Matcher(nn.Module):
     def project_image(self, image_embeds: Tensor) -> Tensor:
         return image_embeds.mean(1)
 
-    def query_features(self, image_kv: Tensor) -> Tensor:
-        return nn.functional.normalize(self.queries(image_kv).unflatten(1, (3, 8)), dim=-1)
+    def query_features(self, images: Tensor) -> Tensor:
+        return nn.functional.normalize(self.queries(self.project_image(images)).unflatten(1, (3, 8)), dim=-1)
 
     def tokenize(self, texts: list[str]) -> Tokens:
         words = [[1 + WORDS.index(word) for word in text.split()] for text in texts]
@@ -136,10 +136,11 @@ def slow_retrieval(model: Matcher, data: Pictures, k: int, form: str) -> dict[st
     second: dict[tuple[int, int], float] = {}
     with torch.no_grad():
         for row in rows:
-            kv = model.project_image(model.encode_image(data.pixels[row][None]))
+            image_embeds = model.encode_image(data.pixels[row][None])
+            kv = model.project_image(image_embeds)
             for number, (_, text) in enumerate(pairs):
                 tokens = model.tokenize([text])
-                s = float((model.query_features(kv)[0] @ model.text_features(tokens)[0]).max())
+                s = float((model.query_features(image_embeds)[0] @ model.text_features(tokens)[0]).max())
                 no, yes = model.match_logits(kv, tokens)[0].tolist()
                 cosine[row, number] = s
                 second[row, number] = {"itm": yes - no, "sum": yes - no + s / 0.1, "lavis": yes + s}[form]

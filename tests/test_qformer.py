@@ -137,6 +137,22 @@ def test_one_image_serves_many_texts_like_its_copies() -> None:
         qformer.encode_pairs(queries, [(image_kv, 1), (image_kv[:1], 1)], tokens)
 
 
+@torch.no_grad()
+def test_features_are_read_like_what_was_projected_of_them() -> None:
+    qformer = small_qformer(4)
+    queries, images = torch.randn(1, Q, 16), torch.randn(2, 4, IMAGE_WIDTH)
+    image_kv, tokens = qformer.project_image(images), tokens_of([2, 5, 3], [2, 6, 7, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = qformer.encode_queries(queries, images).output
+        assert torch.equal(low, qformer.encode_queries(queries, qformer.project_image(images)).output)
+    assert torch.equal(
+        qformer.encode_queries(queries, images).output, qformer.encode_queries(queries, image_kv).output
+    )
+    assert torch.equal(
+        qformer.encode_pairs(queries, images, tokens), qformer.encode_pairs(queries, image_kv, tokens)
+    )
+
+
 def test_the_gradient_of_words_is_full_and_that_of_single_look_ups() -> None:
     qformer = small_qformer(2).train()
     tokens = tokens_of([2, 5, 6, 3], [2, 6, 3])

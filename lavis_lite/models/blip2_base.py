@@ -97,9 +97,13 @@ class Blip2Base(BaseModel):
         """Features [B, P, C] -> keys and values for every cross-attention, computed once per image."""
         return self.Qformer.project_image(image_embeds)
 
-    def encode_queries(self, image_kv: ImageKV) -> QueryStates:
-        """The queries' states [B, Q, D] after they have seen the images and no text."""
-        return self.Qformer.encode_queries(self.query_tokens, image_kv)
+    def encode_queries(self, images: ImageKV | Tensor) -> QueryStates:
+        """The queries' states [B, Q, D] after they have seen the images and no text.
+
+        Args:
+            images: projected, or features [B, P, C] where nothing else will look at them.
+        """
+        return self.Qformer.encode_queries(self.query_tokens, images)
 
     def tokenize(self, texts: Sequence[str]) -> TextTokens:
         """Texts -> tokens on the model's device, cut to `max_txt_len`."""

@@ -194,13 +194,13 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
 
         Raises ValueError when they are needed and absent.
         """
-        image_kv = self.project_image(self.encode_image(image))
+        image_embeds = self.encode_image(image)
         if not self.qformer_text_input:
-            queries = self.encode_queries(image_kv).output
+            queries = self.encode_queries(image_embeds).output
         elif questions is None:
             raise ValueError("the Q-Former of this model reads questions: give one for each image")
         else:
-            queries = self.Qformer.encode_pairs(self.query_tokens, image_kv, self.tokenize(questions))
+            queries = self.Qformer.encode_pairs(self.query_tokens, image_embeds, self.tokenize(questions))
         prompt: Tensor = self.llm_proj(queries)
         return prompt
 

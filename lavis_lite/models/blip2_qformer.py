@@ -236,9 +236,9 @@ class Blip2QFormer(Blip2Base):
 
     # Parts that evaluation composes
 
-    def query_features(self, image_kv: ImageKV) -> Tensor:
-        """An image's Q projected queries [B, Q, E], L2-normalised."""
-        return self._query_features(self.encode_queries(image_kv))
+    def query_features(self, images: ImageKV | Tensor) -> Tensor:
+        """An image's Q projected queries [B, Q, E], L2-normalised; `images` as in `encode_queries`."""
+        return self._query_features(self.encode_queries(images))
 
     def _query_features(self, queries: QueryStates) -> Tensor:
         return normalize(self.vision_proj(queries.output).float(), dim=-1)
@@ -281,7 +281,7 @@ class Blip2QFormer(Blip2Base):
             image_kv, tokens = self._pairs(samples)
             return Features(multimodal_embeds=self.Qformer.encode_pairs(self.query_tokens, image_kv, tokens))
         image = image_of(samples).to(self.device)
-        queries = self.encode_queries(self.project_image(self.encode_image(image)))
+        queries = self.encode_queries(self.encode_image(image))
         return Features(image_embeds=queries.output, image_embeds_proj=self._query_features(queries))
 
     def _text_features_of(self, texts: Sequence[str]) -> Features:
@@ -336,7 +336,7 @@ class Blip2QFormer(Blip2Base):
         Returns: B * num_captions texts, an image's together.
         """
         image = image_of(samples).to(self.device)
-        queries = self.encode_queries(self.project_image(self.encode_image(image)))
+        queries = self.encode_queries(self.encode_image(image))
         tokenizer = self.tokenizer
         search = Search(num_beams, num_captions, use_nucleus_sampling)
         rules = DecodingRules.for_search(

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear
 
 from lavis_lite.common.errors import ConfigError
-from lavis_lite.models.qformer_layers import EPS, QFormerLayer
+from lavis_lite.models.qformer_layers import EPS, Attention, QFormerLayer
 from lavis_lite.models.rows import take_rows
 from lavis_lite.models.tokenizer import TextTokens
 
@@ -96,6 +96,28 @@ class ImageKV:
         """What a block sees when `each` rows in a row look at every image; nothing without cross-attention."""
         kv = self.layers[layer]
         return [] if kv is None else [(*kv, each)]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Images that are looked at once: a block's keys and values are made when it asks for them and not kept.
+
+    For 16 images at full size those of all blocks would be 150 MB, and to get so much fresh memory took 4% of greedy
+    generation's time (benchmarks/generate.py).
+
+    embeds: float[I, P, C]. attentions: of every block the one that looks at the image, or None.
+    """
+
+    embeds: Tensor
+    attentions: tuple[Attention | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def looks(self, layer: int, each: int = 1) -> list[tuple[Tensor, Tensor, int]]:
+        """See `ImageKV.looks`."""
+        attention = self.attentions[layer]
+        return [] if attention is None else [(*attention.keys_values(self.embeds), each)]
 
 
 # Groups of images, each with how many rows one after the other look at an image of it.
@@ -259,22 +281,31 @@ class QFormer(nn.Module):
         return replace(tokens, words=words[:-1].unflatten(0, tokens.input_ids.shape), dec_word=words[-1])
 
     def project_image(self, image_embeds: Tensor) -> ImageKV:
-        """Every cross-attention's keys and values of images float[B, P, C]."""
+        """Every cross-attention's keys and values of images float[B, P, C], for all that is to look at them."""
+        features = self._features(image_embeds)
+        attentions = features.attentions
+        return ImageKV(tuple(a.keys_values(features.embeds) if a is not None else None for a in attentions))
+
+    def _features(self, image_embeds: Tensor) -> ImageFeatures:
         device = image_embeds.device.type
         if torch.is_autocast_enabled(device):
             # Once here, or each of the twelve projections would make and keep its own copy.
             image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
-        attentions = [layer.crossattention for layer in self.layers]
-        return ImageKV(tuple(a.keys_values(image_embeds) if a is not None else None for a in attentions))
+        return ImageFeatures(image_embeds, tuple(layer.crossattention for layer in self.layers))
 
-    def encode_queries(self, query_tokens: Tensor, image_kv: ImageKV) -> QueryStates:
-        """Queries [1, Q, D] look at each image, and at no text."""
-        hidden = self._embed_queries(query_tokens, len(image_kv))
+    def encode_queries(self, query_tokens: Tensor, images: ImageKV | Tensor) -> QueryStates:
+        """Queries [1, Q, D] look at each image, and at no text.
+
+        Args:
+            images: projected, or float[B, P, C] where nothing else will look at them.
+        """
+        seen = self._features(images) if isinstance(images, Tensor) else images
+        hidden = self._embed_queries(query_tokens, len(seen))
         kept = []
         for index, layer in enumerate(self.layers):
             key, value = layer.attention.keys_values(hidden)
             attended = layer.attention.attend(layer.attention.query(hidden), key, value)
-            hidden = layer.finish_queries(attended, hidden, image_kv.looks(index))
+            hidden = layer.finish_queries(attended, hidden, seen.looks(index))
             kept.append((key, value))
         return QueryStates(hidden, tuple(kept))
 
@@ -308,20 +339,28 @@ class QFormer(nn.Module):
             hidden = layer.finish_text(attended, hidden)
         return hidden if read == "first" else hidden[: real.count]
 
-    def encode_pairs(self, query_tokens: Tensor, images: ImageKV | Shares, tokens: TextTokens) -> Tensor:
+    def encode_pairs(
+        self, query_tokens: Tensor, images: ImageKV | Tensor | Shares, tokens: TextTokens
+    ) -> Tensor:
         """Queries and text that all see each other (bidirectional mask).
 
         Args:
             query_tokens: [1, Q, D].
-            images: I images for B texts, B a multiple of I: each image serves B/I texts in a row. Or several
-                such groups, one after the other, each with how many texts an image of it serves.
+            images: I images for B texts, B a multiple of I: each image serves B/I texts in a row; projected, or
+                float[I, P, C] where nothing else will look at them. Or several groups of projected ones, one after
+                the other, each with how many texts an image of it serves.
 
         Returns: the queries' states [B, Q, D].
 
         Raises ValueError when the images don't serve B texts.
         """
         rows, num_query = len(tokens), query_tokens.shape[1]
-        shares = [(images, rows // len(images))] if isinstance(images, ImageKV) else images
+        shares: Sequence[tuple[ImageKV | ImageFeatures, int]]
+        if isinstance(images, (ImageKV, Tensor)):
+            seen = self._features(images) if isinstance(images, Tensor) else images
+            shares = [(seen, rows // len(seen))]
+        else:
+            shares = images
         if sum(len(kv) * each for kv, each in shares) != rows:
             count = sum(len(kv) for kv, _ in shares)
             raise ValueError(f"{count} images can't serve {rows} texts: give as many, or a multiple")

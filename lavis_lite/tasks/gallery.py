@@ -31,8 +31,8 @@ class MatchingModel(Protocol):
     def project_image(self, image_embeds: Tensor) -> Any:
         """What matching reads of an image, computed once; indexed by rows."""
 
-    def query_features(self, image_kv: Any) -> Tensor:
-        """[B, Q, E], normalised."""
+    def query_features(self, images: Tensor) -> Tensor:
+        """Features [B, P, D] -> [B, Q, E], normalised."""
 
     def tokenize(self, texts: list[str]) -> Any:
         """Padded tokens with `attention_mask` [B, T], indexed by rows, with `trimmed()`."""
@@ -125,7 +125,7 @@ def _encode_images(
     for batch in loader:
         with loader_args.autocast():
             image_embeds = model.encode_image(batch["image"].to(loader_args.device, non_blocking=True))
-            queries.append(model.query_features(model.project_image(image_embeds)).float())
+            queries.append(model.query_features(image_embeds).float())
         rows.update(zip(batch["index"].tolist(), batch["image_id"].tolist(), strict=True))
         embeds.append(image_embeds.to("cpu", loader_args.storage_dtype))
     if not rows:
