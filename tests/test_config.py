@@ -11,6 +11,7 @@ import pytest
 from lavis_lite.common.binding import bind
 from lavis_lite.common.config import load_config, merge, parse_options, read_project
 from lavis_lite.common.errors import ConfigError, UnknownNameError
+from lavis_lite.common.expected import Expected
 from lavis_lite.common.registry import Table, registry
 from lavis_lite.common.run_config import RunConfig
 
@@ -133,6 +134,35 @@ def test_base_is_inherited_and_a_cycle_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("base: child.yaml")
     with pytest.raises(ConfigError, match="leads back"):
         read_project(tmp_path / "child.yaml")
+
+
+def test_of_several_bases_later_ones_lie_above(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("run: {seed: 1, max_steps: 5}")
+    (tmp_path / "b.yaml").write_text("run: {seed: 2}\ntask: {name: x}")
+    (tmp_path / "child.yaml").write_text("base: [a.yaml, b.yaml]\ntask: {k: 1}")
+    wanted = {"run": {"seed": 2, "max_steps": 5}, "task": {"name": "x", "k": 1}}
+    assert read_project(tmp_path / "child.yaml") == wanted
+    (tmp_path / "child.yaml").write_text("base: [a.yaml, 3]")
+    with pytest.raises(
+        ConfigError, match=r"child.yaml: base: expected the name of a file, or a list of them"
+    ):
+        read_project(tmp_path / "child.yaml")
+
+
+def test_what_is_expected_is_checked_and_kept(tmp_path: Path) -> None:
+    wanted = "expected={source: a paper, metrics: {test/loss: 1}}"
+    config = load_config(STAGE1, [wanted])
+    assert config.expected == Expected("a paper", {"test/loss": 1.0})
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+    for section, message in (
+        ("{source: x, metrics: {}}", "expected.metrics: give at least one"),
+        ("{metrics: {test/loss: 1}}", "expected.source"),
+        ("{source: x, metrics: {test/loss: much}}", r"expected.metrics.test/loss: expected float"),
+        ("7", "expected: expected keys and values"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(STAGE1, [f"expected={section}"])
 
 
 def test_options_are_read_as_yaml() -> None:

@@ -25,7 +25,7 @@ GPUS = 16
 
 
 def test_none_is_overlooked() -> None:
-    assert len(PROJECTS) >= 24 and len(MODELS) >= 20
+    assert len(PROJECTS) >= 54 and len(MODELS) >= 20
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
@@ -134,3 +134,28 @@ def test_questions_on_the_embedded_world(name: str) -> None:
     with torch.device("meta"):
         model = registry.get_model_class(config.model["arch"]).from_config(config.model)
     assert model.tokenizer.source == "shapes"
+
+
+# method.md section 7, in per cent: zero-shot VQAv2 val, OK-VQA and GQA.
+ZERO_SHOT = {
+    "vitl_opt2.7b": (50.1, 30.2, 33.9),
+    "vitg_opt2.7b": (53.5, 31.7, 34.6),
+    "vitg_opt6.7b": (54.3, 36.4, 36.4),
+    "vitl_flant5xl": (62.6, 39.4, 44.4),
+    "vitg_flant5xl": (63.1, 40.7, 44.2),
+    "vitg_flant5xxl": (65.2, 45.9, 44.7),
+}
+
+
+@pytest.mark.parametrize("model", ZERO_SHOT)
+def test_zero_shot_evaluations_expect_the_papers_numbers(model: str) -> None:
+    for name, published in zip(("vqav2", "ok_vqa", "gqa"), ZERO_SHOT[model], strict=True):
+        config = load_config(PAPER / f"eval/{name}_{model}.yaml")
+        assert config.expected is not None
+        ((metric, value),) = config.expected.metrics.items()
+        assert value == pytest.approx(published / 100)
+        assert metric == f"{config.run.test_splits[0]}/accuracy" and list(config.datasets) == [name]
+        short = "Short answer" if "flant5" in model else "Answer"
+        assert config.task["prompt"] == f"Question: {{}} {short}:"
+        assert (config.task["num_beams"], config.task["length_penalty"]) == (5, -1)
+        assert config.model["vision_encoder"]["name"] == {"vitg": "eva_clip_g", "vitl": "clip_L"}[model[:4]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lavis_lite.common.expected import Expected
 from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation, RunFacts
 from lavis_lite.tasks.curves import draw, panels, smoothed
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
@@ -185,3 +186,12 @@ def test_smoothing_is_a_moving_mean() -> None:
 def test_matplotlib_is_loaded_for_reports_only() -> None:
     code = "import sys, lavis_lite.tasks.pretrain; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_published_numbers_stand_in_the_report(tmp_path: Path) -> None:
+    comparison = Expected("A <Paper>", {"loss": 0.5, "lost": 1.0}).rows({"loss": 0.75})
+    facts = RunFacts(tmp_path, comparison=comparison)
+    page = BaseTask().write_report(tmp_path, Evaluation({"loss": 0.75}), log(), facts)["report"].read_text()
+    assert "expected (A &lt;Paper&gt;)" in page
+    assert "<td>0.5000</td><td>0.7500</td><td>+0.2500</td>" in page
+    assert "lost (not measured; did you mean &#x27;loss&#x27;?)" in page

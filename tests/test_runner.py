@@ -233,6 +233,28 @@ def test_evaluation_uses_the_weights_it_is_told(tmp_path: Path) -> None:
     assert Runner(config(tmp_path / "b", f"model.pretrained={early.checkpoint}")).evaluate() != own
 
 
+def test_a_runs_own_checkpoint_comes_before_the_one_it_began_from(tmp_path: Path) -> None:
+    early = Runner(config(tmp_path / "early", max_steps=1)).train().checkpoint
+    Runner(config(tmp_path / "late", max_steps=6)).train()
+    own = Runner(config(tmp_path / "late")).evaluate()
+    assert Runner(config(tmp_path / "late", f"model.pretrained={early}")).evaluate() == own
+    chosen = Runner(config(tmp_path / "late", f"run.checkpoint={early}")).evaluate()
+    assert chosen == Runner(config(tmp_path / "early")).evaluate() != own
+
+
+def test_measured_numbers_stand_beside_expected_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Runner(config(tmp_path, max_steps=2)).train()
+    wanted = "expected={source: A Paper, metrics: {test/loss: 0.5, test/los: 1}}"
+    loss = Runner(config(tmp_path, wanted)).evaluate()["test/loss"]
+    table = capsys.readouterr().out
+    assert ["test/loss", "0.5000", f"{loss:.4f}", f"{loss - 0.5:+.4f}"] in [
+        line.split() for line in table.splitlines()
+    ]
+    assert "test/los (not measured; did you mean 'test/loss'" in table
+
+
 def test_evaluation_does_not_change_training(tmp_path: Path) -> None:
     results = [Runner(config(tmp_path / str(every), eval_every=every)).train() for every in (0, 1)]
     assert_same_bits(weights(results[0].checkpoint), weights(results[1].checkpoint))

@@ -19,23 +19,25 @@ from yaml import YAMLError
 
 from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError, closest
+from lavis_lite.common.expected import Expected
 from lavis_lite.common.registry import registry
 from lavis_lite.common.run_config import RunConfig
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
-SECTIONS = ("model", "datasets", "task", "run")
+SECTIONS = ("model", "datasets", "task", "run", "expected")
 # Keys of the model section that choose what to build or load; the others are the model class's own keywords.
 MODEL_KEYS = ("arch", "model_type", "pretrained")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A checked, fully resolved configuration; sections other than `run` are plain mappings."""
+    """A checked, fully resolved configuration; sections other than `run` and `expected` are plain mappings."""
 
     run: RunConfig
     model: dict[str, Any]
     datasets: dict[str, dict[str, Any]]
     task: dict[str, Any]
+    expected: Expected | None = None
     imports: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,6 +46,8 @@ class Config:
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.run).items()
         }
         sections = {"model": self.model, "datasets": self.datasets, "task": self.task, "run": run}
+        if self.expected:
+            sections["expected"] = asdict(self.expected)
         return {"imports": self.imports, **sections} if self.imports else sections
 
     def to_yaml(self) -> str:
@@ -70,11 +74,13 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     }
     run_defaults = {"output_dir": f"output/{path.stem}"}
     resolved = _resolve({**user, "model": model, "datasets": datasets})
+    published = resolved.get("expected")
     config = Config(
         run=RunConfig(**bind(RunConfig, merge(run_defaults, resolved.get("run") or {}), where="run")),
         model=resolved["model"],
         datasets=resolved["datasets"],
         task=resolved.get("task") or {},
+        expected=Expected(**bind(Expected, published, where="expected")) if published else None,
         imports=imports,
     )
     validate(config)
@@ -126,20 +132,22 @@ def _same_part(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 
 
 def read_project(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A project file with the file its `base:` names (relative to it) beneath."""
+    """A project file with the files its `base:` names (one, or a list; relative to it) beneath, the first lowest."""
     content = read_yaml(path)
     if seen and isinstance(content.get("imports"), list):  # a base's files lie beside the base
         beside = [(path.parent / str(name), name) for name in content["imports"]]
         content["imports"] = [str(file.resolve()) if file.is_file() else name for file, name in beside]
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: expected the name of one file, got {base!r}")
-    base_path = path.parent / base
-    if base_path.resolve() in (*seen, path.resolve()):
-        raise ConfigError(f"{path}: 'base: {base}' leads back to a file that is based on this one")
-    return merge(read_project(base_path, seen=(*seen, path.resolve())), content)
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {bases!r}")
+    below: dict[str, Any] = {}
+    for base in bases:
+        base_path = path.parent / base
+        if base_path.resolve() in (*seen, path.resolve()):
+            raise ConfigError(f"{path}: 'base: {base}' leads back to a file that is based on this one")
+        below = merge(below, read_project(base_path, seen=(*seen, path.resolve())))
+    return merge(below, content)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class RunConfig:
     train_split: str = "train"
     valid_splits: tuple[str, ...] = ("val",)
     test_splits: tuple[str, ...] = ("test",)
+    # What evaluate.py evaluates: a file or a run's folder. By default output_dir's best checkpoint, or where it has
+    # none model.pretrained.
+    checkpoint: str | None = None
     # Unreadable images are replaced and counted; above this fraction the run stops.
     max_bad_fraction: float = 0.01
     tensorboard: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lavis_lite.common.errors import ConfigError, closest
+from lavis_lite.common.expected import Expected
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
 from lavis_lite.runners.setup import Base, Splits
@@ -100,12 +101,18 @@ def _having(datasets: Splits, split: str) -> dict[str, Any]:
 
 
 def closing(
-    base: Base, results: Sequence[Result], log_rows: Sequence[Mapping[str, Any]], facts: RunFacts
+    base: Base,
+    results: Sequence[Result],
+    log_rows: Sequence[Mapping[str, Any]],
+    facts: RunFacts,
+    *,
+    expected: Expected | None = None,
 ) -> list[str]:
     """Write the reports, and return the closing lines; for the main process.
 
     The first result's report lies in the folder of `facts`, those of others in folders of their own below it.
-    Without results there is still a report, of the curves.
+    Without results there is still a report, of the curves. With numbers to expect, the first result's report and
+    lines compare all results with them.
     """
     if not results:
         return _close_one(base, None, log_rows, facts)
@@ -114,6 +121,8 @@ def closing(
         own = replace(facts, split=result.split)
         if len(results) > 1:
             own = replace(own, split=f"{result.split} of {result.dataset}")
+        if number == 0 and expected is not None:
+            own = replace(own, comparison=expected.rows(named_metrics(results)))
         if number > 0:
             own = replace(own, run_dir=facts.run_dir / f"{result.split}_{result.dataset}")
         if number < len(results) - 1:  # the run's time and files come once, last

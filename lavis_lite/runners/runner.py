@@ -317,7 +317,8 @@ class Runner:
             "checkpoint": self.saved or self.run_dir / ckpt.FOLDER,
         }
         facts = RunFacts(self.run_dir, self._elapsed(), config=self.cfg.to_yaml(), files=files)
-        lines = ev.closing(self.parts, self.results, read_rows(self.run_dir / resume.LOG_FILE), facts)
+        rows = read_rows(self.run_dir / resume.LOG_FILE)
+        lines = ev.closing(self.parts, self.results, rows, facts, expected=self.cfg.expected)
         resume.save_summary(self.cfg, self.state.step, lines, self.state.metrics)
         self._print(lines)
 
@@ -333,7 +334,7 @@ class Runner:
             raise KeyboardInterrupt
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate model.pretrained, or else output_dir's best checkpoint, on the test splits; the metrics.
+        """Evaluate a checkpoint on the test splits; the metrics. Which one: see `build_for_evaluation`.
 
         Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
         """
@@ -349,7 +350,8 @@ class Runner:
             ev.write_metrics(folder / "metrics.json", source, metrics)
             files = {"metrics": folder / "metrics.json", "checkpoint": source}
             facts = RunFacts(folder, self._elapsed(), config=self.cfg.to_yaml(), files=files)
-            lines = ev.closing(base, results, read_rows(self.run_dir / resume.LOG_FILE), facts)
+            rows = read_rows(self.run_dir / resume.LOG_FILE)
+            lines = ev.closing(base, results, rows, facts, expected=self.cfg.expected)
             self._print(lines)
         dist.shutdown()
         return metrics

@@ -156,16 +156,17 @@ def _ratios(given: Mapping[str, float | None]) -> list[float] | None:
 def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
     """What evaluation needs, and the checkpoint whose weights the model has.
 
-    That is model.pretrained if set, else the best (or newest) checkpoint of output_dir.
+    That is run.checkpoint if set, else the best (or newest) checkpoint of output_dir, else model.pretrained: a
+    fine-tuning run's file names where it began, and what it made of that is what one wants to know.
 
-    Raises CheckpointError when neither is there.
+    Raises CheckpointError when none of them is there.
     """
-    pretrained = cfg.model.get("pretrained")
-    source = Path(pretrained) if pretrained else ckpt.best_or_newest(cfg.run.output_dir)
-    if source is None:
+    chosen = cfg.run.checkpoint or ckpt.best_or_newest(cfg.run.output_dir) or cfg.model.get("pretrained")
+    if chosen is None:
         raise CheckpointError(
-            f"nothing to evaluate: '{cfg.run.output_dir}' has no checkpoint; train, or set model.pretrained"
+            f"nothing to evaluate: '{cfg.run.output_dir}' has no checkpoint; train, or set run.checkpoint"
         )
+    source = Path(chosen)
     return build_base(cfg, model_cfg={**cfg.model, "pretrained": str(source)}), source
 
 

@@ -62,7 +62,8 @@ class RunFacts:
     """What a run knows about itself when it ends, for the summary and the report.
 
     wall_time: seconds. split: the held-out split of the evaluation. config: the resolved configuration as
-    YAML text. files: label -> path of what the run leaves behind.
+    YAML text. files: label -> path of what the run leaves behind. comparison: with published numbers, as header and
+    rows of a table.
     """
 
     run_dir: Path
@@ -70,6 +71,7 @@ class RunFacts:
     split: str = ""
     config: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
+    comparison: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
 
 
 class BaseTask:
@@ -123,7 +125,8 @@ class BaseTask:
         """
         title = [f"held-out split: {facts.split}"] if facts.split else []
         lines = self.metric_lines(evaluation.metrics) if evaluation else ["not evaluated yet"]
-        return [*title, *lines, *tail_lines(facts.wall_time, facts.files)]
+        compared = ["", *table_lines(*facts.comparison)] if facts.comparison else []
+        return [*title, *lines, *compared, *tail_lines(facts.wall_time, facts.files)]
 
     def report_sections(self, evaluation: Evaluation) -> list[str]:
         """HTML sections between the curves and the configuration: tables and examples."""
@@ -143,9 +146,12 @@ class BaseTask:
         A run without an evaluation, or with hardly a logged step, gets a report that says so.
         log_rows: the rows of log.jsonl.
         """
+        from lavis_lite.tasks.html import comparison_section
         from lavis_lite.tasks.report import write_report  # matplotlib is imported when a report is written
 
         sections = self.report_sections(evaluation) if evaluation else []
+        if facts.comparison:
+            sections.append(comparison_section(*facts.comparison))
         return write_report(
             Path(run_dir),
             sections,

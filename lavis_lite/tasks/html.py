@@ -42,6 +42,11 @@ def metrics_section(metrics: Mapping[str, float]) -> str:
     )
 
 
+def comparison_section(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Measured beside published numbers."""
+    return section("Compared with what was published", table(header, rows))
+
+
 def tiles(values: Sequence[tuple[str, str, str]]) -> str:
     """Headline numbers: (name, value, what to compare it with)."""
     cells = "".join(
