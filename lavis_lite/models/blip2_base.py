@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.models.attention_maps import as_grid, cross_attention
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.convert.bert import load_bert
 from lavis_lite.models.qformer import ImageKV, QFormer, QFormerConfig, QueryStates
@@ -104,6 +105,26 @@ class Blip2Base(BaseModel):
             images: projected, or features [B, P, C] where nothing else will look at them.
         """
         return self.Qformer.encode_queries(self.query_tokens, images)
+
+    @torch.no_grad()
+    def where_queries_look(self, image: Tensor, texts: Sequence[str] | None = None) -> Tensor:
+        """How much attention each part of the images gets: float32[B, side, side], the mean over queries, heads and the
+        blocks that look at the image.
+
+        It shows what the queries read from, not what decided the answer. Sums are below 1 where class tokens got some.
+
+        Args:
+            image: [B, 3, H, W]. texts: B texts that the queries read beside the images; None for images alone.
+        """
+        image_kv = self.project_image(self.encode_image(image))
+
+        def look() -> None:
+            if texts is None:
+                self.encode_queries(image_kv)
+            else:
+                self.Qformer.encode_pairs(self.query_tokens, image_kv, self.tokenize(texts))
+
+        return as_grid(cross_attention(self.Qformer, image_kv, look).mean((0, 2, 3)))
 
     def tokenize(self, texts: Sequence[str]) -> TextTokens:
         """Texts -> tokens on the model's device, cut to `max_txt_len`."""

@@ -24,6 +24,7 @@ from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation, RunFacts
 from lavis_lite.tasks.heldout import evaluating
 from lavis_lite.tasks.predictions import evenly
 from lavis_lite.tasks.summary import loss_table, table_lines
+from lavis_lite.tasks.vqa_looks import TwoLooks, draw_looks, looks_section
 from lavis_lite.tasks.vqa_report import (
     SCALE,
     AnswerExamples,
@@ -37,15 +38,19 @@ from lavis_lite.tasks.vqa_report import (
 
 logger = get_logger(__name__)
 
+LOOKS = 4  # pictures of which the report shows where the queries looked
+
 
 @dataclass(frozen=True)
 class AnswerDetails:
-    """rows: every answered question. predictions: the file they are in, None where there was no folder."""
+    """rows: every answered question. predictions: the file they are in, None where there was no folder. looks: where a
+    Q-Former that reads questions looked."""
 
     rows: list[Answered]
     predictions: Path | None
     types: list[TypeScore]
     examples: AnswerExamples | None
+    looks: list[TwoLooks]
 
 
 @registry.register_task("vqa")
@@ -147,10 +152,13 @@ class VqaTask(BaseTask):
         metrics |= {score.metric: score.accuracy for score in types}
         if not dist.is_main():
             return Evaluation(metrics)
-        shown = None
+        shown, looks = None, []
         if final and self.num_examples:
             shown = draw_examples(rows, accuracies, dataset, self.num_examples)
-        return Evaluation(metrics, AnswerDetails(rows, path, types, shown))
+            if getattr(model, "qformer_text_input", False):
+                with evaluating(model):
+                    looks = draw_looks(model, dataset, rows, loader_args, LOOKS)
+        return Evaluation(metrics, AnswerDetails(rows, path, types, shown, looks))
 
     def _rows(self, total: int, final: bool) -> list[int]:
         limit = self.questions_in_training
@@ -183,7 +191,8 @@ class VqaTask(BaseTask):
         if not isinstance(details, AnswerDetails):
             return [scores_section(evaluation.metrics, [])]
         shown = examples_sections(details.examples) if details.examples else []
-        return [scores_section(evaluation.metrics, details.types), *shown]
+        looks = [looks_section(details.looks)] if details.looks else []
+        return [scores_section(evaluation.metrics, details.types), *shown, *looks]
 
 
 def type_scores(rows: Sequence[Answered], accuracies: Sequence[float]) -> list[TypeScore]:
