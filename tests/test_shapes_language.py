@@ -21,15 +21,23 @@ from lavis_lite.worlds.shapes.captions import captions, describe
 from lavis_lite.worlds.shapes.encoder import WEIGHTS
 from lavis_lite.worlds.shapes.export import main as export
 from lavis_lite.worlds.shapes.lm_data import DEFAULT_CONTEXTS, SceneDocumentsBuilder
-from lavis_lite.worlds.shapes.lm_documents import BLEND, CONTEXTS, DESCRIBE_PROMPT, QUESTION_PROMPTS, document
+from lavis_lite.worlds.shapes.lm_documents import (
+    BLEND,
+    CONTEXTS,
+    DESCRIBE_PROMPT,
+    QUESTION_PROMPTS,
+    TYPE_WEIGHTS,
+    document,
+)
 from lavis_lite.worlds.shapes.lm_encoding import ROLES, encode_opt, encode_t5
 from lavis_lite.worlds.shapes.lm_export import export_language_model, write_language_model
+from lavis_lite.worlds.shapes.lm_hints import FALSE, TRUE, hints
 from lavis_lite.worlds.shapes.lm_pretrain import ShapesLMPretrain
 from lavis_lite.worlds.shapes.lm_reading import reading_scores, replies_to
 from lavis_lite.worlds.shapes.lm_task import ANSWER_GATE, COPY_GATE, GATES, ShapesReadingTask, margin
 from lavis_lite.worlds.shapes.lm_tokenizers import FAMILIES, LANGUAGE, build_tokenizer
 from lavis_lite.worlds.shapes.questions import TYPES, answer, ask, questions
-from lavis_lite.worlds.shapes.scene import Scene, Split, sample_scene
+from lavis_lite.worlds.shapes.scene import CELLS, Scene, Split, sample_scene
 from lavis_lite.worlds.shapes.words import PLACES, RELATIONS, noun
 
 transformers = pytest.importorskip("transformers")
@@ -157,6 +165,45 @@ def test_pair_replies_are_the_steps_to_a_relation() -> None:
     assert min(seen.values()) > 80
 
 
+def test_hints_are_what_the_context_says_of_the_objects_in_questions() -> None:
+    tokenizer = build_tokenizer("t5")
+    relations = places = 0
+    for index, scene in enumerate(scenes(80)):
+        text = document(
+            scene, random.Random(index), replies=6, contexts={"full": 1.0}, reply_weights={"answer": 1},
+            type_weights={**TYPE_WEIGHTS, "relation": 30},
+        )  # fmt: skip
+        asked = [reply for reply in text.replies if reply.kind == "answer"]
+        words = f"{text.context} {' '.join(reply.prompt for reply in asked)}"
+        ids = tokenizer(words)["input_ids"]
+        read = tokenizer.convert_ids_to_tokens(ids)
+        found = hints(read, scene)
+        start = read.index("question") if asked else len(read)
+        assert not found[:start].any()
+        expected = {"yes": TRUE, "no": FALSE}
+        told = [
+            expected[reply.text]
+            for reply in asked
+            if any(f" {relation} the " in reply.prompt for relation in RELATIONS)
+        ]
+        assert [value for value in found.tolist() if value >= FALSE] == told
+        relations += len(told)
+        for place in ((found > 0) & (found < FALSE)).nonzero()[:, 0].tolist():
+            name = f"{read[place - 1]} {read[place]}"
+            assert answer(f"where is the {name}?", text.context) == CELLS[found[place] - 1]
+            places += 1
+    assert relations > 100 and places > 2 * relations
+
+
+def test_a_scene_that_allows_no_question_of_the_wanted_type_gets_captions() -> None:
+    lonely = next(scene for scene in scenes(200) if len(scene.objects) == 1)
+    text = document(
+        lonely, random.Random(0), replies=3, contexts={"full": 1}, reply_weights={"answer": 1},
+        type_weights={"relation": 1.0, "color": 0.0},
+    )  # fmt: skip
+    assert {reply.kind for reply in text.replies} == {"caption"}
+
+
 @pytest.mark.parametrize("form", CONTEXTS)
 def test_every_form_of_context_holds_all_facts(form: str) -> None:
     for index, scene in enumerate(scenes(40)):
@@ -237,6 +284,23 @@ def test_pretraining_starts_at_chance_and_reaches_every_parameter(family: str) -
     assert abs(losses["loss"].item() - math.log(len(dataset.tokenizer))) < 1.5
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_hints_reach_the_encoder_and_padding_does_not_change_them() -> None:
+    weights = {"type_weights": {"relation": 30}, "reply_weights": {"answer": 50}}
+    dataset = SceneDocumentsBuilder(name="texts", family="t5", **weights).build_datasets()["train"]  # type: ignore[arg-type]
+    model = ShapesLMPretrain(family="t5", **TINY, hint_weight=2.0).eval()
+    rows = [dataset.load(index, seed=index) for index in range(6)]
+    together = model(dataset.collate(rows))
+    counts = [int((row["hints"] > 0).sum()) for row in rows]
+    alone = [model(dataset.collate([row]))["loss_hint"].item() for row in rows]
+    mean = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
+    assert abs(together["loss_hint"].item() - mean) < 1e-4
+    plain = ShapesLMPretrain(family="t5", **TINY).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "hint_head" not in k})
+    without = plain(dataset.collate(rows))
+    assert "loss_hint" not in without
+    torch.testing.assert_close(together["loss"], without["loss"] + 2 * together["loss_hint"])
 
 
 def test_padding_changes_no_loss_and_answers_weigh_more() -> None:

@@ -16,6 +16,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
 from lavis_lite.worlds.shapes.lm_documents import CONTEXTS, REPLY_WEIGHTS, TYPE_WEIGHTS, Document, document
 from lavis_lite.worlds.shapes.lm_encoding import encode_opt, encode_t5
+from lavis_lite.worlds.shapes.lm_hints import hints
 from lavis_lite.worlds.shapes.lm_tokenizers import build_tokenizer
 from lavis_lite.worlds.shapes.questions import TYPES
 from lavis_lite.worlds.shapes.render import render
@@ -64,9 +65,11 @@ class SceneDocuments:
 
     def document(self, index: int, *, seed: int) -> Document:
         """The text of a row; of training scenes a function of (seed, index), of others the scene is fixed."""
-        scene = sample_scene(seed=seed if self.split == "train" else self.seed, split=self.split, index=index)
         rng = random.Random(f"documents/{seed}/{index}")
-        return document(scene, rng, replies=REPLIES[self.family], **self._weights)
+        return document(self._scene(index, seed=seed), rng, replies=REPLIES[self.family], **self._weights)
+
+    def _scene(self, index: int, *, seed: int) -> Scene:
+        return sample_scene(seed=seed if self.split == "train" else self.seed, split=self.split, index=index)
 
     def load(self, index: int, *, seed: int) -> dict[str, Any]:
         """One row as token ids, see `lm_encoding`."""
@@ -74,7 +77,9 @@ class SceneDocuments:
         text = self.document(index, seed=seed)
         if self.family == "opt":
             return {"index": index, **encode_opt(self.tokenizer, text, rng, max_length=self.max_length)}
-        return {"index": index, **encode_t5(self.tokenizer, text, rng)}
+        row = encode_t5(self.tokenizer, text, rng)
+        words = self.tokenizer.convert_ids_to_tokens(row["input_ids"].tolist())
+        return {"index": index, **row, "hints": hints(words, self._scene(index, seed=seed))}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Columns padded on the right with 0 (`<pad>`, no role), and `attention_mask` bool[B, T] of input_ids."""

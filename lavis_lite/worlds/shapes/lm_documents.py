@@ -62,7 +62,8 @@ def document(
     Args:
         contexts: how often each form of `CONTEXTS` is taken, or none at all ("none").
         reply_weights: how often a reply is of each kind.
-        type_weights: how often each type of question is asked, where the scene allows it.
+        type_weights: how often each type of question is asked, where the scene allows it; where it allows none, a
+            caption takes the place of the answer.
     """
     if rng.random() < 0.5:
         scene = replace(scene, objects=tuple(rng.sample(scene.objects, len(scene.objects))))
@@ -94,10 +95,18 @@ def _reply(
         return _object(scene, rng)
     if kind == "pair" and len(distinct := uniques(scene, "colour", "shape")) > 1:
         return _pair(distinct, rng)
-    question = None
-    while question is None:
-        question = ask(scene, rng.choices(list(type_weights), list(type_weights.values()))[0], rng)
-    return Reply(question_prompt(question.text, rng), question.answer, "answer")
+    return _answer(scene, rng, type_weights) or _caption(scene, rng)
+
+
+def _answer(scene: Scene, rng: random.Random, type_weights: Mapping[str, float]) -> Reply | None:
+    """A question of a drawn type with its answer; None where the scene allows no type that is ever drawn."""
+    left = {kind: weight for kind, weight in type_weights.items() if weight > 0}
+    while left:
+        kind = rng.choices(list(left), list(left.values()))[0]
+        if question := ask(scene, kind, rng):
+            return Reply(question_prompt(question.text, rng), question.answer, "answer")
+        del left[kind]
+    return None
 
 
 def _pair(items: Sequence[SceneObject], rng: random.Random) -> Reply:

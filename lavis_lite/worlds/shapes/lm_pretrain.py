@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import BaseModel
 from lavis_lite.worlds.shapes.lm_encoding import ROLES
+from lavis_lite.worlds.shapes.lm_hints import CLASSES, FALSE
 from lavis_lite.worlds.shapes.lm_tokenizers import MAX_LENGTH, NEWLINE, tokens
 
 # Of T5's attention to a neighbouring word at the start: e^4 times as much as to any other.
@@ -34,6 +35,7 @@ class ShapesLMPretrain(BaseModel):
         encoder_depth: blocks of a T5's encoder, if another number.
         context_weight, prompt_weight, text_weight, answer_weight, object_weight, pair_weight: of the loss on a
             word of that role.
+        hint_weight: of the loss on what a T5's encoder should know at words of questions, see `lm_hints`; 0: none.
     """
 
     presets: ClassVar[str] = "shapes_lm_pretrain"
@@ -53,6 +55,7 @@ class ShapesLMPretrain(BaseModel):
         answer_weight: float = 5.0,
         object_weight: float = 2.0,
         pair_weight: float = 2.0,
+        hint_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.family = family
@@ -75,6 +78,8 @@ class ShapesLMPretrain(BaseModel):
         table = torch.zeros(len(ROLES) + 1)
         for role, number in ROLES.items():
             table[number] = weights[role]
+        self.hint_weight = hint_weight
+        self.hint_head = nn.Linear(width, CLASSES) if family == "t5" and hint_weight else None
         self.role_weights: Tensor
         self.register_buffer("role_weights", table, persistent=False)
 
@@ -82,16 +87,20 @@ class ShapesLMPretrain(BaseModel):
         """The weighted loss, the plain mean loss of answers and of other texts, and the accuracy of both.
 
         samples: input_ids int64[B, T], blend int64[B, T, W-1], attention_mask bool[B, T], roles int64, and for T5
-        labels int64[B, L]; roles are those of the labels, which in OPT are the input's own words.
+        labels int64[B, L] and hints int64[B, T]; roles are those of the labels, which in OPT are the input's own words.
         """
         read = {"inputs_embeds": self._embed(samples), "attention_mask": samples["attention_mask"].long()}
+        hinted: dict[str, Tensor] = {}
         if self.family == "opt":
             logits = self.lm(**read, use_cache=False).logits[:, :-1]
             labels, roles = samples["input_ids"][:, 1:], samples["roles"][:, 1:]
         else:
             labels, roles = samples["labels"], samples["roles"]
             # The decoder starts with `<pad>` (0) and then reads what it should have said.
-            logits = self.lm(**read, decoder_input_ids=F.pad(labels, (1, -1)), use_cache=False).logits
+            output = self.lm(**read, decoder_input_ids=F.pad(labels, (1, -1)), use_cache=False)
+            logits = output.logits
+            if self.hint_head is not None:
+                hinted = self._hints(output.encoder_last_hidden_state, samples["hints"])
         scored = roles > 0
         logits, labels, roles = logits[scored].float(), labels[scored], roles[scored]
         each, weights = F.cross_entropy(logits, labels, reduction="none"), self.role_weights[roles]
@@ -102,7 +111,20 @@ class ShapesLMPretrain(BaseModel):
             count = chosen.sum().clamp(min=1)
             losses[f"loss_{name}"] = (each * chosen).sum() / count
             losses[f"{name}_acc"] = (right * chosen).sum() / count
-        return losses
+        if hinted:
+            losses["loss"] = losses["loss"] + self.hint_weight * hinted["loss_hint"]
+        return {**losses, **hinted}
+
+    def _hints(self, hidden: Tensor, hints: Tensor) -> dict[str, Tensor]:
+        """Mean loss on encoder states [B, T, D] at words with a hint int64[B, T], and accuracy by kind."""
+        assert self.hint_head is not None
+        some = hints > 0
+        logits, classes = self.hint_head(hidden[some]).float(), hints[some]
+        right = (logits.argmax(-1) == classes).float()
+        found = {"loss_hint": F.cross_entropy(logits, classes, reduction="sum") / some.sum().clamp(min=1)}
+        for name, chosen in (("place", classes < FALSE), ("relation", classes >= FALSE)):
+            found[f"{name}_hint_acc"] = (right * chosen).sum() / chosen.sum().clamp(min=1)
+        return found
 
     def _embed(self, samples: Mapping[str, Any]) -> Tensor:
         """Embeddings float[B, T, D]; words that share a place are averaged, and as long as one of them."""
