@@ -1,4 +1,4 @@
-"""`lavis-lite generate`: a line for every picture, in order, whatever is wrong with some of them."""
+"""`lavis-lite generate` and `answer`: a line for every picture, in order, whatever is wrong with some of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class Echo(nn.Module):
             for row in range(batch)
             for k in range(num_captions)
         ]
+
+    def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:
+        names = ("inference_method", "answer_list", "prompt", "max_len", "length_penalty")
+        told = [settings[name] for name in names if settings.get(name)]
+        return [f"{samples['text_input']} {row} {told}" for row in range(len(samples["image"]))]
 
 
 @pytest.fixture
@@ -69,15 +74,38 @@ def test_several_texts_and_single_files(pictures: Path, capsys: pytest.CaptureFi
     assert [row["text"] for row in rows] == ["- 1 0.0", "- 1 0.1"] * 2
 
 
+def test_every_question_is_asked_of_every_picture(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(pictures / "2.png"), str(pictures / "0.png")]
+    command = ["answer", "--model", "a/b", "--image", *files, "--question", "what?", "how many?"]
+    main([*command, "--prompt", "Q: {}"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == {
+        "image": files[0],
+        "question": "how many?",
+        "answer": "how many? 0 ['Q: {}', 10, -1.0]",
+    }
+    assert [(row["image"], row["question"]) for row in rows] == [
+        (file, question) for file in files for question in ("what?", "how many?")
+    ]
+    (tmp_path / "answers.txt").write_text("two\nthree\n")
+    main([*command, "--answer-list", str(tmp_path / "answers.txt")])
+    ranked = json.loads(capsys.readouterr().out.splitlines()[0])["answer"]
+    assert ranked == "what? 0 ['rank', ['two', 'three'], 10, -1.0]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "blip2_t5", "--image", "x.jpg"], 2, "give a name and a type, e.g. blip2_t5/shapes"),
-        (["--model", "a/b", "--image", "."], 1, "no picture in the folder"),
+        ("generate --model blip2_t5 --image x.jpg", 2, "give a name and a type, e.g. blip2_t5/shapes"),
+        ("generate --model a/b --image .", 1, "no picture in the folder"),
+        ("answer --model a/b --image x.jpg --question q --answer-list nowhere.txt", 1, "nowhere.txt"),
+        ("answer --model blip2/shapes --image . --question q", 1, "no picture in the folder"),
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str],
+    arguments: str,
     code: int,
     message: str,
     tmp_path: Path,
@@ -86,6 +114,6 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        main(["generate", *arguments])
+        main(arguments.split())
     error = capsys.readouterr().err
     assert ended.value.code == code and message in error and error.count("\n") == 1

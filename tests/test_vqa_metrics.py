@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.metrics.lemmas import lemmatise
 from lavis_lite.metrics.vqa import accuracy, answer_type, means_by
 from lavis_lite.metrics.vqa_text import normalise
 
@@ -83,6 +87,15 @@ def test_both_treatments_of_what_people_said() -> None:
     assert accuracy("Two", ["two"], truths="official") == 1
     # Cleaning decides by the answers as they stand, not by what is left of them.
     assert accuracy("yes", ["yes"] * 9 + ["yes."], truths="official") == 1
+
+
+def test_dictionary_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lemmatise("Riding two horses") == "ride two horse"
+    assert lemmatise("") == "" and lemmatise("left 12") == "left 12"
+    assert accuracy(lemmatise("mice"), [lemmatise("mouse")]) == 1
+    monkeypatch.setitem(sys.modules, "simplemma", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lavis-lite\[eval\]'"):
+        lemmatise("mice")
 
 
 def test_types_and_means() -> None:

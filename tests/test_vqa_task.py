@@ -42,6 +42,19 @@ def test_accuracies_by_hand() -> None:
     assert official["answer_type/yes_no"] == 0
 
 
+def test_dictionary_forms_agree_when_asked_to() -> None:
+    class Plural(Answerer):
+        def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:
+            return ["dogs"] * len(samples["image"])
+
+    class Dogs(Questions):
+        def answers(self, row: int) -> list[str]:
+            return ["dog"] * 10
+
+    for lemmatize, expected in ((False, 0.0), (True, 1.0)):
+        assert evaluate(Dogs(4), Plural(), lemmatize=lemmatize).metrics["accuracy"] == expected
+
+
 def test_every_question_is_asked_once_with_the_tasks_settings(tmp_path: Path) -> None:
     model = Answerer()
     evaluate(Questions(), model, prompt="q: {}", num_beams=2, max_len=7, min_len=0, length_penalty=0.5)

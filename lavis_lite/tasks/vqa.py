@@ -11,6 +11,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
+from lavis_lite.metrics.lemmas import lemmatise
 from lavis_lite.metrics.vqa import Truths, accuracy, means_by
 from lavis_lite.tasks.answers import (
     Answered,
@@ -66,6 +67,7 @@ class VqaTask(BaseTask):
         line. num_ans_candidates: of the list, so many with the likeliest first token are scored whole.
     num_beams, max_len, min_len, length_penalty: of generated answers, in new tokens.
     truths: what is done to people's answers before they are compared: see `metrics.vqa.accuracy`.
+    lemmatize: compare words by their dictionary forms ("dogs" and "dog" agree); the files keep what was said.
     questions_in_training: so many questions, evenly drawn, are asked in mid-training; null for all.
     num_examples: questions that the report shows with picture, answer and truth.
     loss_batch_size, loss_batches, seed: see `BaseTask`.
@@ -86,6 +88,7 @@ class VqaTask(BaseTask):
         min_len: int = 1,
         length_penalty: float = -1.0,
         truths: Truths = "normalised",
+        lemmatize: bool = False,
         questions_in_training: int | None = None,
         num_examples: int = 12,
         loss_batch_size: int = 64,
@@ -117,6 +120,8 @@ class VqaTask(BaseTask):
             num_beams, inference_method, max_len, min_len, num_ans_candidates, answers, prompt, length_penalty
         )
         self.truths = truths
+        self.compared = lemmatise if lemmatize else str
+        self.compared("")  # a library that is missing is better told now than after hours
         self.questions_in_training = questions_in_training
         self.num_examples = num_examples
 
@@ -170,7 +175,11 @@ class VqaTask(BaseTask):
         if without:
             logger.info("%d of %d questions have no known answers: nothing is scored", without, len(rows))
             return None
-        return [accuracy(item.prediction, item.answers, truths=self.truths) for item in rows]
+        word = self.compared
+        return [
+            accuracy(word(item.prediction), [word(answer) for answer in item.answers], truths=self.truths)
+            for item in rows
+        ]
 
     def metric_lines(self, metrics: Mapping[str, float]) -> list[str]:
         """Held-out loss, then the accuracy of all questions and of each type."""
