@@ -37,7 +37,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
         "lavis_lite.worlds.shapes.lm_data": ["shapes_documents"],
     },
     "task": {
-        "lavis_lite.tasks.pretrain": ["image_text_pretrain"],
+        "lavis_lite.tasks.pretrain": ["image_text_pretrain", "retrieval"],
         "lavis_lite.tasks.captioning": ["captioning"],
         "lavis_lite.tasks.vqa": ["vqa"],
         "lavis_lite.worlds.shapes.vit_task": ["shapes_probe"],

@@ -25,7 +25,7 @@ GPUS = 16
 
 
 def test_none_is_overlooked() -> None:
-    assert len(PROJECTS) >= 54 and len(MODELS) >= 20
+    assert len(PROJECTS) >= 58 and len(MODELS) >= 21
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
@@ -85,6 +85,30 @@ def test_caption_fine_tuning_has_the_papers_numbers(llm: str) -> None:
     encoder = config.model["vision_encoder"]
     assert not encoder["freeze"] and encoder["precision"] == "fp32" and encoder["image_size"] == 364
     assert config.model["prompt"] == config.task["prompt"] == "a photo of"
+
+    assert config.datasets["coco_caption"]["train"]["split_captions"]  # epochs of captions
+
+
+# Peak rate and betas, R@1 of table 5.
+RETRIEVAL = {"vitl": (5e-6, (0.9, 0.98), 0.835, 0.663), "vitg": (1e-5, (0.9, 0.999), 0.854, 0.683)}
+
+
+@pytest.mark.parametrize("vit", RETRIEVAL)
+def test_retrieval_fine_tuning_has_the_papers_numbers(vit: str) -> None:
+    config = load_config(PAPER / f"retrieval_coco_{vit}.yaml")
+    rate, betas, tr, ir = RETRIEVAL[vit]
+    run = config.run
+    assert run.batch_size_train * GPUS == 224 and run.max_epochs == 5
+    assert (run.init_lr, run.warmup_steps, run.betas) == (rate, 1000, betas)
+    assert run.lr_layer_decay == 0.95 and run.weight_decay == 0.05
+    encoder = config.model["vision_encoder"]
+    assert not encoder["freeze"] and encoder["precision"] == "fp32" and encoder["image_size"] == 364
+    assert encoder["name"] == {"vitl": "clip_L", "vitg": "eva_clip_g"}[vit]
+    assert config.model["pretrained"] == f"output/pretrain_stage1_{vit}" and config.task["k_test"] == 128
+    coco = config.datasets["coco_caption"]
+    assert coco["train"]["split_captions"] and coco["vis_processor"]["train"]["image_size"] == 364
+    expected = config.expected["metrics"]
+    assert (expected["test/rerank/tr_r1"], expected["test/rerank/ir_r1"]) == (tr, ir)
 
 
 def prompt_of(llm: str) -> str:

@@ -162,6 +162,24 @@ def test_karpathy_row_list_joins_rows_of_a_picture_on_request(tmp_path: Path) ->
     assert rows(path, group_by_image=True) == [("a.jpg", ["one", "three"]), ("b.jpg", ["two"])]
 
 
+def test_a_row_for_each_caption_on_request(tmp_path: Path) -> None:
+    content = [
+        {"image": "a.jpg", "caption": ["one", "two"], "image_id": 7},
+        {"image": "b.jpg", "caption": ["three"], "image_id": None},
+        {"image": "c.jpg", "caption": ["four", "five"], "image_id": None},
+        {"image": "d.jpg", "caption": [], "image_id": None},
+    ]
+    found = table(write(tmp_path / "a.json", content), split_captions=True)
+    whole = [(record.image, record.captions) for record in found]
+    assert whole[:5] == [
+        (f"{n}.jpg", [t]) for n, t in zip("aabcc", ["one", "two", "three", "four", "five"], strict=True)
+    ]
+    assert [record.image_id for record in found][:5] == [7, 7, None, -3, -3]
+    assert len(found) == 6 and not found[5].captions  # told as unreadable, not lost
+    parted = table(tmp_path / "a.json", split_captions=True, limit=1)
+    assert len(parted) == 1 and parted[0].captions == ["one"]
+
+
 def test_declared_numbers_are_kept_and_absent_ones_are_null(tmp_path: Path) -> None:
     numbers = [7, "7", 7.0, 2**62 + 1, "picture 7"]
     content = [{"image": "a.jpg", "caption": "x", "image_id": number} for number in numbers]

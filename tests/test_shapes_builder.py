@@ -41,6 +41,19 @@ def test_preset_gives_three_splits_of_captioned_pictures() -> None:
     assert 0.5 < batch["image"].std() < 1.5
 
 
+def test_rows_of_captions_share_their_pictures_number() -> None:
+    rows = build_datasets({"shapes_caption": section(split_captions=True)})["shapes_caption"]
+    assert len(rows["train"]) == 48 and len(rows["val"]) == 6
+    first, second, third = (rows["train"].load(index, seed=0) for index in range(3))
+    assert first["image_id"] == second["image_id"] != third["image_id"]
+    assert first["text_input"] != second["text_input"]
+    with pytest.raises(ConfigError, match="questions are rows of their own"):
+        make_builder("shapes_vqa", {"builder": "shapes", "texts": "questions", "split_captions": True})
+    both = {"train": {"images": "x", "group_by_image": True, "split_captions": True}}
+    with pytest.raises(ConfigError, match="set one"):
+        make_builder("mine", both)
+
+
 def test_checking_a_configuration_draws_nothing(cache: Path) -> None:
     make_builder("shapes_caption", section())
     assert list(cache.iterdir()) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lavis_lite.common.config import load_config
 from lavis_lite.common.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}
-PARAMETERS = {"opt": 838_400, "t5": 1_784_448}
+PARAMETERS = {"opt": 838_400, "t5": 2_161_792}
 MAX_BYTES = 12_000_000
 SHIPPED = [
     pytest.param(
@@ -292,10 +292,19 @@ def test_hints_reach_the_encoder_and_padding_does_not_change_them() -> None:
     model = ShapesLMPretrain(family="t5", **TINY, hint_weight=2.0).eval()
     rows = [dataset.load(index, seed=index) for index in range(6)]
     together = model(dataset.collate(rows))
-    counts = [int((row["hints"] > 0).sum()) for row in rows]
-    alone = [model(dataset.collate([row]))["loss_hint"].item() for row in rows]
-    mean = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
-    assert abs(together["loss_hint"].item() - mean) < 1e-4
+    head, losses = model.hint_head, []
+    for row in rows:
+        batch = dataset.collate([row])
+        embedded = {"inputs_embeds": model._embed(batch), "attention_mask": batch["attention_mask"].long()}
+        logits = head(model.lm.encoder(**embedded).last_hidden_state[0])
+        of = row["hints"]
+        losses.append([-logits[at].log_softmax(-1)[of[at]] for at in range(len(of)) if of[at] > 0])
+    kinds = [value for row in rows for value in row["hints"].tolist() if value]
+    flat = torch.stack([loss for one in losses for loss in one])
+    apart = torch.tensor(kinds) >= FALSE
+    assert apart.sum() > 4 and (~apart).sum() > 8
+    expected = 0.5 * flat[~apart].mean() + flat[apart].mean()
+    torch.testing.assert_close(together["loss_hint"], expected)
     plain = ShapesLMPretrain(family="t5", **TINY).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "hint_head" not in k})
     without = plain(dataset.collate(rows))
@@ -406,6 +415,17 @@ def test_recipe_is_a_valid_configuration(family: str) -> None:
     )
     with pytest.raises(ConfigError, match="did you mean 'answer_weight'"):
         load_config(path, ["model.answer_weigth=3"])
+
+
+def test_second_recipe_goes_on_with_the_first_ones_model(tmp_path: Path) -> None:
+    first, second = (load_config(ROOT / f"projects/shapes/pretrain_t5{name}.yaml") for name in ("", "_hints"))
+    assert second.model["pretrained"] == first.run.output_dir and second.model["hint_weight"] > 0
+    torch.manual_seed(0)
+    model = ShapesLMPretrain(family="t5", **TINY)
+    save_file({k: v.clone() for k, v in model.trainable_state_dict().items()}, tmp_path / "model.safetensors")
+    hinted = ShapesLMPretrain(family="t5", **TINY, hint_weight=1.0)
+    hinted.load_checkpoint(tmp_path / "model.safetensors")
+    assert torch.equal(hinted.lm.state_dict()["shared.weight"], model.lm.state_dict()["shared.weight"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

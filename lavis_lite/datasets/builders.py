@@ -37,7 +37,8 @@ class SplitConfig:
     images: the folder that the file's picture paths start from; by default the dataset's root.
     format: of the annotation file; `auto` goes by its suffix and content.
     fields: the names its fields have. where: field -> value or values: takes only such rows.
-    group_by_image: join the rows of one picture (by default in val and test). limit: only the first rows.
+    group_by_image: join the rows of one picture (by default in val and test). split_captions: make a row of each
+        caption, so that an epoch shows all of them, instead of drawing one. limit: only the first rows.
     """
 
     annotations: str | None = None
@@ -46,6 +47,7 @@ class SplitConfig:
     fields: Fields | None = None
     where: Mapping[str, Any] | None = None
     group_by_image: bool | None = None
+    split_captions: bool = False
     limit: int | None = None
 
     def check(self, where: str) -> None:
@@ -59,6 +61,10 @@ class SplitConfig:
                 f"{where}.annotations: '{self.annotations}' are shards, which this version can't read; "
                 f"unpack them to a folder of pictures with .txt files beside them and set {where}.images to it "
                 f"(and {where}.annotations=null)"
+            )
+        if self.group_by_image and self.split_captions:
+            raise ConfigError(
+                f"{where}: group_by_image joins captions and split_captions parts them; set one"
             )
         check_limit(self.limit, where)
 
@@ -188,13 +194,17 @@ class ImageTextBuilder:
         return self._resolve(path or ".", "image folder", f"{where}.images", Path.is_dir)
 
     def _source(self, config: Any, split: str, where: str) -> Source:
+        grouped = split != "train" and not config.split_captions
+        if config.group_by_image is not None:
+            grouped = config.group_by_image
         return Source(
             annotations=self._file(config.annotations, f"{where}.annotations"),
             images=self._images(config.images, where),
             format=config.format,
             fields=config.fields or Fields(),
             select=selection(config.where),
-            group_by_image=split != "train" if config.group_by_image is None else config.group_by_image,
+            group_by_image=grouped,
+            split_captions=config.split_captions,
             limit=config.limit,
             where=where,
         )

@@ -67,7 +67,7 @@ class Source:
 
     annotations: the file; None for a folder of pictures with .txt files beside them. images: the image
     folder. where: the YAML path of the split, for messages. group_by_image: join the rows of one picture.
-    limit: rows.
+    split_captions: a row for each caption. limit: rows.
     """
 
     annotations: Path | None
@@ -76,6 +76,7 @@ class Source:
     fields: Fields = field(default_factory=Fields)
     select: dict[str, list[str]] = field(default_factory=dict)
     group_by_image: bool = False
+    split_captions: bool = False
     limit: int | None = None
     where: str = "datasets.custom.train"
 
@@ -200,6 +201,7 @@ def _number(image_id: Any) -> int | None:
 
 def _rows(source: Source) -> Iterator[Row]:
     rows = _grouped(source.rows()) if source.group_by_image else source.rows()
+    rows = _split(rows) if source.split_captions else rows
     return itertools.islice(rows, source.limit) if source.limit is not None else rows
 
 
@@ -213,6 +215,18 @@ def _grouped(rows: Iterable[Row]) -> Iterator[Row]:
         elif row.captions:
             grouped[row.image] = replace(known, captions=[*known.captions, *row.captions], problem=None)
     yield from grouped.values()
+
+
+def _split(rows: Iterable[Row]) -> Iterator[Row]:
+    """One row for each caption; those of one row keep being of one picture."""
+    for number, row in enumerate(rows):
+        if len(row.captions) < 2:
+            yield row
+            continue
+        # Pictures without a number count by their row; below zero these meet no declared one.
+        known = -1 - number if _number(row.image_id) is None else row.image_id
+        for caption in row.captions:
+            yield replace(row, captions=[caption], image_id=known)
 
 
 def _key(source: Source) -> str:

@@ -53,8 +53,9 @@ class _Rankings:
 
 
 @registry.register_task("image_text_pretrain")
+@registry.register_task("retrieval")
 class ImageTextPretrainTask(BaseTask):
-    """Stage 1: losses on held-out batches, retrieval over all images and captions of the split.
+    """Stage 1 and retrieval fine-tuning: losses on held-out batches, retrieval over a split's images and captions.
 
     Retrieval is by ITC first. The first k_test candidates of every image and of every caption are then put
     in the order of the ITM head's score; the others stay behind them as they were (paper, section 4.4).

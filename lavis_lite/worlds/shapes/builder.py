@@ -40,6 +40,7 @@ class ShapesBuilder:
             seed.
         image_size: the side in pixels.
         captions_per_image: 1-4, in different styles. questions_per_image: 0-10, of different types.
+        split_captions: a row of training for each caption, so that a picture can come twice in a batch.
         seed: of the scenes.
         vis_processor, text_processor: `train` and `eval`, each with a `name` and that processor's keywords.
         ratio: how often a batch is drawn from this dataset in a mix; by default in proportion to its rows.
@@ -57,6 +58,7 @@ class ShapesBuilder:
         image_size: int = 64,
         captions_per_image: int = 2,
         questions_per_image: int = 4,
+        split_captions: bool = False,
         seed: int = 0,
         vis_processor: Mapping[str, Any] | None = None,
         text_processor: Mapping[str, Any] | None = None,
@@ -78,6 +80,10 @@ class ShapesBuilder:
             raise ConfigError(f"datasets.{name}.questions_per_image must be at least 1 for texts: questions")
         builder, format, files = _READ[texts]
         sources: dict[str, Any] = {split: _paths(files, split) for split in SPLITS if self.spec.size(split)}
+        if split_captions:
+            if texts == "questions":
+                raise ConfigError(f"datasets.{name}.split_captions: questions are rows of their own already")
+            sources["train"]["split_captions"] = True
         # The generic builder; the folder it reads is written later, by `build_datasets`.
         self.files = builder(
             name=name,

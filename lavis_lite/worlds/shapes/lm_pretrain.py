@@ -39,6 +39,9 @@ class ShapesLMPretrain(BaseModel):
     """
 
     presets: ClassVar[str] = "shapes_lm_pretrain"
+    optional_keys: ClassVar[tuple[str, ...]] = (
+        "hint_head.*",
+    )  # a model that had no hints can go on with them
 
     def __init__(
         self,
@@ -116,14 +119,22 @@ class ShapesLMPretrain(BaseModel):
         return {**losses, **hinted}
 
     def _hints(self, hidden: Tensor, hints: Tensor) -> dict[str, Tensor]:
-        """Mean loss on encoder states [B, T, D] at words with a hint int64[B, T], and accuracy by kind."""
+        """Loss on encoder states [B, T, D] at words with a hint int64[B, T], and accuracy by kind.
+
+        Half the mean loss of places and that of relations, which are fewer and come later.
+        """
         assert self.hint_head is not None
         some = hints > 0
         logits, classes = self.hint_head(hidden[some]).float(), hints[some]
-        right = (logits.argmax(-1) == classes).float()
-        found = {"loss_hint": F.cross_entropy(logits, classes, reduction="sum") / some.sum().clamp(min=1)}
-        for name, chosen in (("place", classes < FALSE), ("relation", classes >= FALSE)):
-            found[f"{name}_hint_acc"] = (right * chosen).sum() / chosen.sum().clamp(min=1)
+        each, right = (
+            F.cross_entropy(logits, classes, reduction="none"),
+            (logits.argmax(-1) == classes).float(),
+        )
+        found = {"loss_hint": each.new_zeros(())}
+        for name, chosen, weight in (("place", classes < FALSE, 0.5), ("relation", classes >= FALSE, 1.0)):
+            count = chosen.sum().clamp(min=1)
+            found["loss_hint"] = found["loss_hint"] + weight * (each * chosen).sum() / count
+            found[f"{name}_hint_acc"] = (right * chosen).sum() / count
         return found
 
     def _embed(self, samples: Mapping[str, Any]) -> Tensor:
