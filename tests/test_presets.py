@@ -107,7 +107,8 @@ def test_retrieval_fine_tuning_has_the_papers_numbers(vit: str) -> None:
     assert config.model["pretrained"] == f"output/pretrain_stage1_{vit}" and config.task["k_test"] == 128
     coco = config.datasets["coco_caption"]
     assert coco["train"]["split_captions"] and coco["vis_processor"]["train"]["image_size"] == 364
-    expected = config.expected["metrics"]
+    assert config.expected is not None
+    expected = config.expected.metrics
     assert (expected["test/rerank/tr_r1"], expected["test/rerank/ir_r1"]) == (tr, ir)
 
 
