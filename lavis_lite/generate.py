@@ -77,7 +77,10 @@ def answer_files(
         settings: of the model's `predict_answers`.
     """
     if answer_list is not None:
-        settings |= {"inference_method": "rank", "answer_list": read_answer_list(answer_list)}
+        settings |= {
+            "inference_method": "rank",
+            "answer_list": read_answer_list(answer_list, where="--answer-list"),
+        }
 
     def say(built: Any, image: torch.Tensor) -> list[list[dict[str, str]]]:
         rows: list[list[dict[str, str]]] = [[] for _ in image]

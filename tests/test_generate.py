@@ -100,7 +100,11 @@ def test_every_question_is_asked_of_every_picture(
     [
         ("generate --model blip2_t5 --image x.jpg", 2, "give a name and a type, e.g. blip2_t5/shapes"),
         ("generate --model a/b --image .", 1, "no picture in the folder"),
-        ("answer --model a/b --image x.jpg --question q --answer-list nowhere.txt", 1, "nowhere.txt"),
+        (
+            "answer --model a/b --image x.jpg --question q --answer-list nowhere.txt",
+            1,
+            "--answer-list: can't read nowhere.txt",
+        ),
         ("answer --model blip2/shapes --image . --question q", 1, "no picture in the folder"),
     ],
 )

@@ -47,6 +47,8 @@ def test_rows_of_captions_share_their_pictures_number() -> None:
     first, second, third = (rows["train"].load(index, seed=0) for index in range(3))
     assert first["image_id"] == second["image_id"] != third["image_id"]
     assert first["text_input"] != second["text_input"]
+    held_out = build_datasets({"shapes_caption": section(split_captions=True, train=0)})["shapes_caption"]
+    assert set(held_out) == {"val", "test"}
     with pytest.raises(ConfigError, match="questions are rows of their own"):
         make_builder("shapes_vqa", {"builder": "shapes", "texts": "questions", "split_captions": True})
     both = {"train": {"images": "x", "group_by_image": True, "split_captions": True}}

@@ -185,8 +185,8 @@ def test_a_real_model_on_the_embedded_world(
     looks = evaluation.details.looks
     assert len(looks) == 3 and all(look.heat[0] != look.heat[1] for look in looks)
     first, second = looks[0].asked
-    assert data.picture_path(first.row) == data.picture_path(second.row)
+    assert data.image_path(first.row) == data.image_path(second.row)
     assert first.question_type != second.question_type
     page = Page("".join(task.report_sections(evaluation)))
-    described = [str(attrs.get("alt")) for attrs in page.all("img")]  # type: ignore[union-attr]
+    described = [str(attrs["alt"]) for attrs in page.all("img")]
     assert f"attention over the picture for: {second.question}" in described

@@ -194,9 +194,9 @@ class ImageTextBuilder:
         return self._resolve(path or ".", "image folder", f"{where}.images", Path.is_dir)
 
     def _source(self, config: Any, split: str, where: str) -> Source:
-        grouped = split != "train" and not config.split_captions
-        if config.group_by_image is not None:
-            grouped = config.group_by_image
+        grouped = config.group_by_image
+        if grouped is None:
+            grouped = split != "train" and not config.split_captions
         return Source(
             annotations=self._file(config.annotations, f"{where}.annotations"),
             images=self._images(config.images, where),

@@ -70,10 +70,6 @@ class QuestionDataset(ImageTextDataset):
         lists = {key: [sample[key] for sample in samples] for key in ("text_output", "question_id")}
         return {**batch, **lists}
 
-    def picture_path(self, index: int) -> str:
-        """The file of a row's picture: equal for questions about the same one."""
-        return self._path(*self._record(index))
-
     def captions(self, index: int) -> list[str]:
         """The answers to a row's question."""
         record, _ = self._record(index)

@@ -247,12 +247,12 @@ class Blip2QFormer(Blip2Base):
         """A text's projected [CLS] [B, E], L2-normalised."""
         return normalize(self.text_proj(self.Qformer.encode_text(tokens, read="first")).float(), dim=-1)
 
-    def match_logits(self, images: ImageKV | Shares, tokens: TextTokens) -> Tensor:
+    def match_logits(self, images: ImageKV | Tensor | Shares, tokens: TextTokens) -> Tensor:
         """ITM logits [B, 2] (no match, match), averaged over the queries.
 
         Args:
             images: one image per text, or I images of which each serves B/I texts in a row (one: all
-                texts), or groups of such, see `QFormer.encode_pairs`.
+                texts), or groups of such, projected or not, see `QFormer.encode_pairs`.
         """
         paired = self.Qformer.encode_pairs(self.query_tokens, images, tokens)
         # The head is affine: the mean of its logits is that of its inputs.
@@ -278,8 +278,9 @@ class Blip2QFormer(Blip2Base):
             texts = samples["text_input"]
             return self._text_features_of([texts] if isinstance(texts, str) else texts)
         if mode == "multimodal":
-            image_kv, tokens = self._pairs(samples)
-            return Features(multimodal_embeds=self.Qformer.encode_pairs(self.query_tokens, image_kv, tokens))
+            image_embeds, tokens = self._pairs(samples)
+            paired = self.Qformer.encode_pairs(self.query_tokens, image_embeds, tokens)
+            return Features(multimodal_embeds=paired)
         image = image_of(samples).to(self.device)
         queries = self.encode_queries(self.encode_image(image))
         return Features(image_embeds=queries.output, image_embeds_proj=self._query_features(queries))
@@ -297,19 +298,18 @@ class Blip2QFormer(Blip2Base):
     @torch.no_grad()
     def compute_itc(self, samples: Mapping[str, Any]) -> Tensor:
         """ITC score of each pair [B]: the cosine of text and best query, in [-1, 1]."""
-        image_kv, tokens = self._pairs(samples)
+        image_embeds, tokens = self._pairs(samples)
         text_feat = self.text_features(tokens)
-        return torch.einsum("bqe,be->bq", self.query_features(image_kv), text_feat).amax(1)
+        return torch.einsum("bqe,be->bq", self.query_features(image_embeds), text_feat).amax(1)
 
     @torch.no_grad()
     def compute_itm(self, samples: Mapping[str, Any]) -> Tensor:
         """ITM score of each pair [B]: the probability that image and text match, in [0, 1]."""
         return self.match_logits(*self._pairs(samples)).float().softmax(-1)[:, 1]
 
-    def _pairs(self, samples: Mapping[str, Any]) -> tuple[ImageKV, TextTokens]:
+    def _pairs(self, samples: Mapping[str, Any]) -> tuple[Tensor, TextTokens]:
         batch = complete_samples(samples)
-        image_kv = self.project_image(self.encode_image(batch["image"].to(self.device)))
-        return image_kv, self.tokenize(batch["text_input"])
+        return self.encode_image(batch["image"].to(self.device)), self.tokenize(batch["text_input"])
 
     @torch.no_grad()
     def generate(

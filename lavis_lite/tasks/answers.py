@@ -110,19 +110,19 @@ def write_results(path: Path, rows: Sequence[Answered]) -> None:
     write_list(path, results)
 
 
-def read_answer_list(path: str) -> list[str]:
+def read_answer_list(path: str, *, where: str = "task.answer_list") -> list[str]:
     """A closed list from a file: json with a list (or an object, whose keys are taken), else an answer a line.
 
-    Raises DataError when it can't be read or holds none.
+    where: what names the file, for messages. Raises DataError when it can't be read or holds none.
     """
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"task.answer_list: can't read {file}: {error}") from error
+        raise DataError(f"{where}: can't read {file}: {error}") from error
     answers = [str(answer).strip() for answer in content] if isinstance(content, (list, dict)) else []
     found = list(dict.fromkeys(answer for answer in answers if answer))
     if not found:
-        raise DataError(f"task.answer_list: {file} holds no answers; give a list of texts, or one a line")
+        raise DataError(f"{where}: {file} holds no answers; give a list of texts, or one a line")
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lavis_lite.tasks.gallery import Gallery
@@ -90,6 +91,11 @@ def thumbnail(dataset: Any, row: int) -> bytes:
     """A JPEG of a row's picture, at most 160 pixels a side."""
     picture = dataset.image(row).convert("RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return jpeg(picture)
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """A picture as a report embeds it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85, optimize=True)
     return buffer.getvalue()

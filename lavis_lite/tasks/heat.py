@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from lavis_lite.tasks.examples import jpeg
 
 COLOURS = "inferno"
 SIDE = 240  # pixels of the longer side
@@ -32,6 +32,4 @@ def overlay(picture: Image.Image, weights: Tensor, *, side: int = SIDE) -> bytes
     grey = np.asarray(shown.convert("L"), dtype=np.float64)[..., None]
     share = 0.25 + 0.55 * strength[..., None]
     mixed = (1 - share) * grey + share * colour
-    buffer = io.BytesIO()
-    Image.fromarray(mixed.round().astype(np.uint8)).save(buffer, "JPEG", quality=88, optimize=True)
-    return buffer.getvalue()
+    return jpeg(Image.fromarray(mixed.round().astype(np.uint8)))

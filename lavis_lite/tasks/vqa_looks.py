@@ -29,7 +29,7 @@ def draw_looks(
 ) -> list[TwoLooks]:
     """`number` pictures at even distances among those of which two questions of different types were asked.
 
-    model: with `where_queries_look`, in eval mode. dataset: with `picture_path`.
+    model: with `where_queries_look`, in eval mode. dataset: with `image_path`.
     """
     return [
         _look_twice(model, dataset, pair, loader_args)
@@ -41,7 +41,7 @@ def _same_picture(dataset: Any, rows: Sequence[Answered]) -> list[tuple[Answered
     first: dict[str, Answered] = {}
     pairs: dict[str, tuple[Answered, Answered]] = {}
     for item in rows:
-        path = dataset.picture_path(item.row)
+        path = dataset.image_path(item.row)
         other = first.setdefault(path, item)
         if path not in pairs and _differ(other, item):
             pairs[path] = (other, item)

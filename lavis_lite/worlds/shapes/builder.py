@@ -83,7 +83,8 @@ class ShapesBuilder:
         if split_captions:
             if texts == "questions":
                 raise ConfigError(f"datasets.{name}.split_captions: questions are rows of their own already")
-            sources["train"]["split_captions"] = True
+            if "train" in sources:
+                sources["train"]["split_captions"] = True
         # The generic builder; the folder it reads is written later, by `build_datasets`.
         self.files = builder(
             name=name,

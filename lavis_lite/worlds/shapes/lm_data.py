@@ -59,27 +59,29 @@ class SceneDocuments:
     def __len__(self) -> int:
         return self.rows
 
-    def scene(self, index: int) -> Scene:
-        """The scene of a row, in training that of an epoch that never comes."""
-        return sample_scene(seed=self.seed, split=self.split, index=index)
+    def scene(self, index: int, *, seed: int | None = None) -> Scene:
+        """The scene of a row; in training that of an epoch by its seed, or without one of an epoch that never comes."""
+        drawn = self.seed if seed is None or self.split != "train" else seed
+        return sample_scene(seed=drawn, split=self.split, index=index)
 
     def document(self, index: int, *, seed: int) -> Document:
         """The text of a row; of training scenes a function of (seed, index), of others the scene is fixed."""
-        rng = random.Random(f"documents/{seed}/{index}")
-        return document(self._scene(index, seed=seed), rng, replies=REPLIES[self.family], **self._weights)
+        return self._document(self.scene(index, seed=seed), index, seed)
 
-    def _scene(self, index: int, *, seed: int) -> Scene:
-        return sample_scene(seed=seed if self.split == "train" else self.seed, split=self.split, index=index)
+    def _document(self, scene: Scene, index: int, seed: int) -> Document:
+        rng = random.Random(f"documents/{seed}/{index}")
+        return document(scene, rng, replies=REPLIES[self.family], **self._weights)
 
     def load(self, index: int, *, seed: int) -> dict[str, Any]:
         """One row as token ids, see `lm_encoding`."""
         rng = random.Random(f"encoding/{seed}/{index}")
-        text = self.document(index, seed=seed)
+        scene = self.scene(index, seed=seed)
+        text = self._document(scene, index, seed)
         if self.family == "opt":
             return {"index": index, **encode_opt(self.tokenizer, text, rng, max_length=self.max_length)}
         row = encode_t5(self.tokenizer, text, rng)
         words = self.tokenizer.convert_ids_to_tokens(row["input_ids"].tolist())
-        return {"index": index, **row, "hints": hints(words, self._scene(index, seed=seed))}
+        return {"index": index, **row, "hints": hints(words, scene)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Columns padded on the right with 0 (`<pad>`, no role), and `attention_mask` bool[B, T] of input_ids."""

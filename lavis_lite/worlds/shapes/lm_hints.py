@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.worlds.shapes.questions import uniques
-from lavis_lite.worlds.shapes.scene import CELLS, COLOURS, SHAPES, Scene, SceneObject
+from lavis_lite.worlds.shapes.scene import CELLS, Scene, SceneObject
 from lavis_lite.worlds.shapes.words import RELATIONS, holds
 
 # Classes at a word: none, the cell of the object it names, or whether the relation it begins holds.
@@ -48,12 +48,7 @@ def _object_at(
     words: Sequence[str], index: int, known: dict[tuple[str, str], SceneObject]
 ) -> SceneObject | None:
     """The object that "the <colour> <shape>" names whose last word this is."""
-    if (
-        index < 2
-        or words[index] not in SHAPES
-        or words[index - 1] not in COLOURS
-        or words[index - 2] != "the"
-    ):
+    if index < 2 or words[index - 2] != "the":
         return None
     return known.get((words[index - 1], words[index]))
 

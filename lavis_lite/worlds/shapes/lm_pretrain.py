@@ -39,9 +39,8 @@ class ShapesLMPretrain(BaseModel):
     """
 
     presets: ClassVar[str] = "shapes_lm_pretrain"
-    optional_keys: ClassVar[tuple[str, ...]] = (
-        "hint_head.*",
-    )  # a model that had no hints can go on with them
+    # A model that had no hints can go on with them.
+    optional_keys: ClassVar[tuple[str, ...]] = (r"^hint_head\.",)
 
     def __init__(
         self,
@@ -126,10 +125,8 @@ class ShapesLMPretrain(BaseModel):
         assert self.hint_head is not None
         some = hints > 0
         logits, classes = self.hint_head(hidden[some]).float(), hints[some]
-        each, right = (
-            F.cross_entropy(logits, classes, reduction="none"),
-            (logits.argmax(-1) == classes).float(),
-        )
+        each = F.cross_entropy(logits, classes, reduction="none")
+        right = (logits.argmax(-1) == classes).float()
         found = {"loss_hint": each.new_zeros(())}
         for name, chosen, weight in (("place", classes < FALSE, 0.5), ("relation", classes >= FALSE, 1.0)):
             count = chosen.sum().clamp(min=1)
