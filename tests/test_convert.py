@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from stage1_helpers import SPECIAL, enlarge_weights, tiny_config, write_tokenizer
 from torch import Tensor
 
-from lavis_lite.cli import convert_main
+from lavis_lite.commands.convert import convert_main
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.models.blip2_generative import Blip2Generative

@@ -1,0 +1,1 @@
+"""The commands of `lavis-lite`, each with its arguments; what they do is done elsewhere, imported when it runs."""

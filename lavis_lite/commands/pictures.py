@@ -1,0 +1,96 @@
+"""`lavis-lite generate` and `lavis-lite answer`: what a model says of picture files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lavis_lite.commands.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from lavis_lite.generate import Place
+
+
+def generate_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite generate") -> None:
+    """Say something about pictures: captions, or what follows a prompt; JSON lines."""
+    parser = argparse.ArgumentParser(prog=prog, description=generate_main.__doc__)
+    _add_picture_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="by default the model's own")
+    parser.add_argument("--num-beams", type=int, default=5, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N", dest="max_length")
+    parser.add_argument("--min-length", type=int, default=1, metavar="N")
+    parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="texts for each picture")
+    parser.add_argument("--sample", action="store_true", dest="use_nucleus_sampling", help="draw, not search")
+    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P")
+    arguments = vars(parser.parse_args(argv))
+    with one_line_errors(debug=arguments.pop("debug")):
+        from lavis_lite.generate import generate_files
+
+        model, images, place = _take_picture_arguments(arguments)
+        _tell_unreadable(generate_files(model, images, place, **arguments))
+
+
+def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite answer") -> None:
+    """Answer questions about pictures; JSON lines."""
+    parser = argparse.ArgumentParser(prog=prog, description=answer_main.__doc__)
+    _add_picture_arguments(parser)
+    parser.add_argument(
+        "--question",
+        required=True,
+        nargs="+",
+        metavar="TEXT",
+        dest="questions",
+        help="asked of every picture",
+    )
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="'Question: {} Answer:'; by default the model's own"
+    )
+    parser.add_argument(
+        "--answer-list", metavar="FILE", help="choose from these, a line each, instead of generating"
+    )
+    parser.add_argument("--num-beams", type=int, default=5, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=10, metavar="N", dest="max_len")
+    parser.add_argument("--min-length", type=int, default=1, metavar="N", dest="min_len")
+    parser.add_argument("--length-penalty", type=float, default=-1.0, metavar="P")
+    arguments = vars(parser.parse_args(argv))
+    with one_line_errors(debug=arguments.pop("debug")):
+        from lavis_lite.generate import answer_files
+
+        model, images, place = _take_picture_arguments(arguments)
+        _tell_unreadable(answer_files(model, images, arguments.pop("questions"), place, **arguments))
+
+
+def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME/TYPE", help="e.g. blip2_t5/shapes")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run's folder or a weights file")
+    parser.add_argument(
+        "--image",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        dest="images",
+        help="pictures, or folders of them",
+    )
+    parser.add_argument("--out", metavar="FILE", help="where to write the lines; by default they are printed")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _take_picture_arguments(arguments: dict[str, Any]) -> tuple[str, list[str], Place]:
+    """Model, pictures and place, taken out of the arguments, so that only the command's own are left."""
+    from lavis_lite.generate import Place
+
+    place = Place(**{name: arguments.pop(name) for name in ("out", "checkpoint", "device", "batch_size")})
+    return arguments.pop("model"), arguments.pop("images"), place
+
+
+def _tell_unreadable(number: int) -> None:
+    if number:
+        print(f"error: {number} pictures could not be read; their lines say why", file=sys.stderr)
+        sys.exit(1)
