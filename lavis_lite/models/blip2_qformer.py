@@ -78,6 +78,8 @@ class Blip2QFormer(Blip2Base):
         itc_gather_with_grad: let the ITC gradient flow to other ranks' features; false detaches everything
             gathered, as LAVIS does even on one process, where it halves the gradient.
         num_hard_negatives: K images per text and K texts per image in ITM.
+        itg_weight: of ITG in the sum of losses; 0 for learning without it (the paper's table 6). The loss is measured
+            all the same.
     """
 
     presets: ClassVar[str] = "blip2"
@@ -94,6 +96,7 @@ class Blip2QFormer(Blip2Base):
         temperature: float = 0.07,
         itc_gather_with_grad: bool = True,
         num_hard_negatives: int = 1,
+        itg_weight: float = 1.0,
     ) -> None:
         config = qformer or QFormerConfig()
         super().__init__(
@@ -102,6 +105,7 @@ class Blip2QFormer(Blip2Base):
         self.label_smoothing = label_smoothing
         self.itc_gather_with_grad = itc_gather_with_grad
         self.num_hard_negatives = num_hard_negatives
+        self.itg_weight = itg_weight
         width = config.hidden_size
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
@@ -120,6 +124,7 @@ class Blip2QFormer(Blip2Base):
             "num_hard_negatives": (1, None, ""),
             "embed_dim": (1, None, ""),
             "label_smoothing": (0, 1, ""),
+            "itg_weight": (0, None, ""),
             "temperature": (*TEMPERATURE_RANGE, ""),
         }
         for key, (low, high, origin) in limits.items():
@@ -139,8 +144,8 @@ class Blip2QFormer(Blip2Base):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The three losses of a batch of pairs and their sum.
 
-        Returns: loss = loss_itc + loss_itm + loss_itg, and itm_acc, all scalars. In training, contrast and
-        negatives are over the pairs of all ranks; in evaluation over this rank's batch.
+        Returns: loss = loss_itc + loss_itm + itg_weight * loss_itg, the three losses and itm_acc, all scalars. In
+        training, contrast and negatives are over the pairs of all ranks; in evaluation over this rank's batch.
         """
         batch = complete_samples(samples)
         tokens = self.Qformer.look_up(self.tokenize(batch["text_input"]), dec_id=self.tokenizer.dec_id)
@@ -155,7 +160,7 @@ class Blip2QFormer(Blip2Base):
         loss_itm, itm_acc = self._match(image_embeds, image_kv, tokens, contrast)
         loss_itg = self._generate_loss(queries, tokens)
         return {
-            "loss": loss_itc + loss_itm + loss_itg,
+            "loss": loss_itc + loss_itm + self.itg_weight * loss_itg,
             "loss_itc": loss_itc.detach(),
             "loss_itm": loss_itm.detach(),
             "loss_itg": loss_itg.detach(),
