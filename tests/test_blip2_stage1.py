@@ -131,7 +131,9 @@ def test_generation_can_be_left_out_of_the_sum(tokenizer: str) -> None:
     model = tiny_model(tokenizer, itg_weight=0.0).train()
     found = model(tiny_samples())
     found["loss"].backward()
-    assert found["loss"].item() == pytest.approx(found["loss_itc"].item() + found["loss_itm"].item(), abs=1e-6)
+    assert found["loss"].item() == pytest.approx(
+        found["loss_itc"].item() + found["loss_itm"].item(), abs=1e-6
+    )
     assert found["loss_itg"] > 0
     head = model.Qformer.cls["predictions"]
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())

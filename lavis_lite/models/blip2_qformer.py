@@ -22,8 +22,9 @@ from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
-from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates, Shares
+from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.qformer_decoder import QFormerDecoder
+from lavis_lite.models.qformer_states import ImageKV, PairStart, QueryStates, Shares
 from lavis_lite.models.tokenizer import TextTokens
 from lavis_lite.models.vision.tower import validate_vision_config
 from lavis_lite.samples import complete_samples, image_of
@@ -252,14 +253,19 @@ class Blip2QFormer(Blip2Base):
         """A text's projected [CLS] [B, E], L2-normalised."""
         return normalize(self.text_proj(self.Qformer.encode_text(tokens, read="first")).float(), dim=-1)
 
-    def match_logits(self, images: ImageKV | Tensor | Shares, tokens: TextTokens) -> Tensor:
+    def project_text(self, tokens: TextTokens) -> PairStart:
+        """What `match_logits` reads of texts before any image, computed once for all images they are paired with."""
+        return self.Qformer.begin_pairs(self.query_tokens, tokens)
+
+    def match_logits(self, images: ImageKV | Tensor | Shares, texts: TextTokens | PairStart) -> Tensor:
         """ITM logits [B, 2] (no match, match), averaged over the queries.
 
         Args:
             images: one image per text, or I images of which each serves B/I texts in a row (one: all
                 texts), or groups of such, projected or not, see `QFormer.encode_pairs`.
+            texts: tokens, or what `project_text` made of them.
         """
-        paired = self.Qformer.encode_pairs(self.query_tokens, images, tokens)
+        paired = self.Qformer.encode_pairs(self.query_tokens, images, texts)
         # The head is affine: the mean of its logits is that of its inputs.
         return self.itm_head(paired.mean(1))
 
