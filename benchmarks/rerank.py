@@ -36,7 +36,7 @@ from lavis_lite.common.device import autocast
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.models.tokenizer import TextTokens
 from lavis_lite.tasks.base import EvalArgs
-from lavis_lite.tasks.feature_store import FeatureStore
+from lavis_lite.tasks.feature_spool import FeatureSpool
 from lavis_lite.tasks.gallery import Gallery
 from lavis_lite.tasks.rerank import match_candidates
 
@@ -57,7 +57,7 @@ def draw_texts(count: int, generator: torch.Generator) -> TextTokens:
 
 def make_gallery(features: Tensor, tokens: TextTokens) -> Gallery:
     """One image with all texts as its candidates."""
-    embeds = FeatureStore()
+    embeds = FeatureSpool()
     embeds.append(features)
     return Gallery(
         rows=[0],

@@ -13,7 +13,7 @@ import torch
 
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.registry import registry
-from lavis_lite.tasks import feature_store, rerank
+from lavis_lite.tasks import feature_spool, rerank
 from lavis_lite.tasks.base import BaseTask, EvalArgs, RunFacts
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.rerank import pair_scores
@@ -83,7 +83,7 @@ def test_blocks_of_images_texts_and_pairs_change_nothing(
     monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * images)
     monkeypatch.setattr(rerank, "TEXT_BLOCK", texts)
     monkeypatch.setattr(rerank, "MAX_PAIRS", pairs)
-    monkeypatch.setattr(feature_store, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(feature_spool, "MEMORY_LIMIT", 0)
     model = Matcher()
     assert evaluate(Pictures(), model, k_test=5).metrics == pytest.approx(whole, abs=1e-6)
     assert model.texts_projected <= model.pairs_seen

@@ -15,7 +15,7 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.errors import DataError
 from lavis_lite.datasets.loader import eval_loader
-from lavis_lite.tasks.feature_store import FeatureStore
+from lavis_lite.tasks.feature_spool import FeatureSpool
 
 # Numbers of the similarity block [images, M, Q] held at a time: 64 MB in fp32.
 SIMILARITY_BLOCK = 1 << 24
@@ -69,7 +69,7 @@ class Gallery:
     tokens: Any
     text_lengths: Tensor
     mine: Tensor
-    embeds: FeatureStore
+    embeds: FeatureSpool
     unreadable: int
 
 
@@ -119,10 +119,10 @@ def encode_gallery(model: MatchingModel, dataset: Any, loader_args: Any) -> Gall
 
 def _encode_images(
     model: MatchingModel, dataset: Any, loader_args: Any
-) -> tuple[dict[int, int], FeatureStore, Tensor]:
+) -> tuple[dict[int, int], FeatureSpool, Tensor]:
     """This rank's rows with the id of their picture, features [n, P, D], queries [n, Q, E]."""
     rows: dict[int, int] = {}
-    embeds, queries = FeatureStore(loader_args.folder), []
+    embeds, queries = FeatureSpool(loader_args.folder), []
     loader = eval_loader(
         dataset,
         batch_size=loader_args.batch_size,

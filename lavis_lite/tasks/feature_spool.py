@@ -21,7 +21,7 @@ MEMORY_LIMIT = 1 << 30
 FP16_LARGEST = torch.finfo(torch.float16).max
 
 
-class FeatureStore:
+class FeatureSpool:
     """Rows of features of one shape, written in order and read in blocks.
 
     Up to `memory_limit` bytes they are kept in host memory as they came. What would go beyond is written, with those
@@ -71,7 +71,7 @@ class FeatureStore:
             if self._file is None:
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115, open as long as the store
+                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115, open as long as the spool
             for part in parts:
                 half = part.float().clamp(-FP16_LARGEST, FP16_LARGEST).half()
                 self._file.write(half.contiguous().numpy().data)

@@ -9,39 +9,39 @@ import pytest
 import torch
 
 from lavis_lite.common.errors import DataError
-from lavis_lite.tasks.feature_store import FeatureStore
+from lavis_lite.tasks.feature_spool import FeatureSpool
 
 ROWS = torch.randn(11, 3, 5, generator=torch.Generator().manual_seed(0))
 
 
-def filled(folder: Path, limit: int, sizes: tuple[int, ...] = (4, 1, 6)) -> FeatureStore:
-    store = FeatureStore(folder, memory_limit=limit)
+def filled(folder: Path, limit: int, sizes: tuple[int, ...] = (4, 1, 6)) -> FeatureSpool:
+    spool = FeatureSpool(folder, memory_limit=limit)
     for rows in ROWS.split(sizes):
-        store.append(rows)
-    return store
+        spool.append(rows)
+    return spool
 
 
 @pytest.mark.parametrize("limit", [0, 4 * 15 * 5, 4 * 15 * 11])
 def test_rows_come_back_in_any_blocks(tmp_path: Path, limit: int) -> None:
-    store = filled(tmp_path / "new", limit)
-    assert (len(store), store.row_numel, store.on_disk) == (11, 15, limit < ROWS.nbytes)
-    expected = ROWS.half().float() if store.on_disk else ROWS
+    spool = filled(tmp_path / "new", limit)
+    assert (len(spool), spool.row_numel, spool.on_disk) == (11, 15, limit < ROWS.nbytes)
+    expected = ROWS.half().float() if spool.on_disk else ROWS
     for start, stop in ((0, 11), (3, 6), (4, 5), (10, 11), (2, 9)):
-        assert torch.equal(store.read(start, stop).float(), expected[start:stop])
-    store.append(ROWS[:2])  # reading doesn't move the place where writing goes on
-    assert torch.equal(store.read(11, 13).float(), ROWS[:2].half().float())
+        assert torch.equal(spool.read(start, stop).float(), expected[start:stop])
+    spool.append(ROWS[:2])  # reading doesn't move the place where writing goes on
+    assert torch.equal(spool.read(11, 13).float(), ROWS[:2].half().float())
 
 
 def test_what_fp16_cannot_hold_is_clamped_rather_than_infinite(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, memory_limit=0)
-    store.append(torch.tensor([[1e9, -1e9, 1.5]]))
-    assert store.read(0, 1).tolist() == [[65504.0, -65504.0, 1.5]]
+    spool = FeatureSpool(tmp_path, memory_limit=0)
+    spool.append(torch.tensor([[1e9, -1e9, 1.5]]))
+    assert spool.read(0, 1).tolist() == [[65504.0, -65504.0, 1.5]]
 
 
 def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
-    store = filled(tmp_path, 0)
-    assert store.on_disk and not list(tmp_path.iterdir())
-    del store
+    spool = filled(tmp_path, 0)
+    assert spool.on_disk and not list(tmp_path.iterdir())
+    del spool
     gc.collect()
     assert not list(tmp_path.iterdir())
 
