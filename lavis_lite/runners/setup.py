@@ -20,6 +20,7 @@ from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
+from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.parallel.base import Strategy, build_strategy
 from lavis_lite.runners.resume import StartPoint
@@ -172,7 +173,10 @@ def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
 
 def to_device(samples: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in samples.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, (Tensor, ImageFeatures)) else v
+        for k, v in samples.items()
+    }
 
 
 def describe(parts: Parts) -> str:
