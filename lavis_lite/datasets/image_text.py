@@ -98,7 +98,7 @@ class ImageTextDataset:
             texts = self._draw_texts(index, record, part)
             # Last, so that what else the seed decides doesn't depend on where the image comes from.
             if self.stored is not None:
-                return {"image": self.stored.load(index, seed=seed), **texts}
+                return {"image": self.stored.load(index % len(self), seed=seed), **texts}
             return {"image": self.vis_processor(read_image(self._path(record, part))), **texts}
 
     def _draw_texts(self, index: int, record: Record, part: int) -> dict[str, Any]:

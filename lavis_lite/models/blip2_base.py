@@ -116,7 +116,8 @@ class Blip2Base(BaseModel):
         It shows what the queries read from, not what decided the answer. Sums are below 1 where class tokens got some.
 
         Args:
-            image: [B, 3, H, W], or stored features. texts: B texts that the queries read beside the images; None for images alone.
+            image: [B, 3, H, W], or stored features. texts: B texts that the queries read beside the images; None for
+                images alone.
         """
         image_kv = self.project_image(self.encode_image(image))
 
