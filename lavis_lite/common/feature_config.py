@@ -32,7 +32,7 @@ class FeatureConfig:
         if self.views < 1:
             raise ConfigError(f"run.features.views must be at least 1, got {self.views}")
         try:
-            parse_bytes(self.max_bytes or 0)
+            parse_bytes(0 if self.max_bytes is None else self.max_bytes)
         except ValueError as error:
             raise ConfigError(f"run.features.max_bytes: {error}") from error
 

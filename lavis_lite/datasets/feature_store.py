@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lavis_lite.common.errors import DataError
@@ -24,6 +24,8 @@ from lavis_lite.image_features import DTYPES, FeaturePrecision, ImageFeatures
 
 # What a killed build loses at most, and what a process holds in memory until it is written.
 SHARD_BYTES = 64 * 2**20
+# The one key of a file's metadata.
+ABOUT = "about"
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,13 @@ class FeatureStore:
     def _has(self, shard: int) -> bool:
         try:
             with safe_open(self.path(shard), framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = _about(file)
                 shape = file.get_slice("values").get_shape()
         except (OSError, SafetensorError):
             return False
         layout = self.layout
         wanted = [len(self.numbers(shard)), layout.views, layout.tokens, layout.width]
-        return metadata.get("pictures") == self.states[shard] and list(shape) == wanted
+        return about["pictures"] == self.states[shard] and list(shape) == wanted
 
     def write(self, shard: int, features: ImageFeatures, problems: Mapping[int, str]) -> None:
         """Write a file of features [n, V, P, C]; complete or not there, whatever happens meanwhile.
@@ -112,9 +114,10 @@ class FeatureStore:
         tensors = {"values": features.values}
         if features.scale is not None:
             tensors["scale"] = features.scale
-        metadata = {"pictures": self.states[shard], "problems": json.dumps(dict(problems))}
+        about = {"pictures": self.states[shard], "problems": dict(problems)}
+        content = save(tensors, metadata={ABOUT: json.dumps(about)})
         with atomic_file(self.path(shard)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            temporary.write_bytes(content)
 
     def read(self, number: int, view: int) -> ImageFeatures | str:
         """A view's features [P, C], which lie in the memory map; for a picture without features, why it has none.
@@ -143,11 +146,20 @@ class Shard:
         return ImageFeatures(self.values[place, view], scale)
 
 
+def _about(file: Any) -> dict[str, Any]:
+    """What is said in an open file: the state of its pictures, and why some have no features."""
+    # One key, since the library writes several in any order and equal features shall make equal files.
+    about: dict[str, Any] = json.loads(
+        (file.metadata() or {}).get(ABOUT, '{"pictures": null, "problems": {}}')
+    )
+    return about
+
+
 def _open_shard(path: Path, state: str) -> Shard:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["pictures"] != state:
+            about = _about(file)
+            if about["pictures"] != state:
                 raise OSError(
                     "it is of other pictures now: another run with this dataset's name has written it"
                 )
@@ -157,7 +169,7 @@ def _open_shard(path: Path, state: str) -> Shard:
         raise DataError(
             f"stored features can't be read: {path}: {error}; the same command again builds what is missing"
         ) from error
-    return Shard(values, scale, {int(n): reason for n, reason in json.loads(metadata["problems"]).items()})
+    return Shard(values, scale, {int(n): reason for n, reason in about["problems"].items()})
 
 
 class StoredViews:
