@@ -2,10 +2,10 @@
 
     python benchmarks/cached_features.py --pictures 2000 --precisions bf16 int8 --json result.json
 
-Whole training steps of the embedded world's stage 1, data loading and optimiser included, alternate in one process, so
-that both sides see the same machine; they share one model. Beside the ratio of times: what storing takes, in seconds and
-bytes, and how far rounding takes the features from what the encoder made. `--options` changes the configuration, for
-example to another encoder.
+Whole training steps of the embedded world's stage 1, data loading and optimiser included, alternate in one process,
+so that both sides see the same machine; they share one model. Beside the ratio of times: what storing takes, in
+seconds and bytes, and how far rounding takes the features from what the encoder made. `--options` changes the
+configuration, for example to another encoder.
 """
 
 from __future__ import annotations

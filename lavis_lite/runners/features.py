@@ -122,10 +122,9 @@ def _missing(store: FeatureStore, one: Chosen, encoder: Encoder, *, seed: int) -
                 "difference %.2g), so its code or the transform's has changed",
                 *(store.folder, difference),
             )
-            for file in map(
-                store.path, present
-            ):  # killed half way, the next run must not take the rest for new
-                file.unlink()
+            # At once: of a build that is killed half way the next run must not take the old half for new.
+            for old in present:
+                store.path(old).unlink()
             return list(every)
     return missing
 
