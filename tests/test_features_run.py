@@ -348,19 +348,22 @@ def test_a_killed_build_goes_on_and_ranks_share_the_work(
     path = str(project(tmp_path, batch_size_eval=4))
     monkeypatch.setenv("FEATURE_SHARD_BYTES", str(PICTURE_BYTES))  # a picture a file
     slow = start([*BUILD, path], FEATURE_SECONDS="0.2")
-    wait_for(lambda: len(files(tmp_path)) >= 3)
-    slow.send_signal(signal.SIGKILL)
-    slow.wait()
-    slow.communicate()
+    try:
+        wait_for(lambda: len(files(tmp_path)) >= 3, seconds=240.0)
+    finally:
+        slow.send_signal(signal.SIGKILL)
+        slow.communicate()
     done = {file: file.stat().st_mtime_ns for file in files(tmp_path)}
     assert 3 <= len(done) < 24
-    for output in run_ranks([*BUILD, path]):
+    for output in run_ranks([*BUILD, path], timeout=240.0):
         assert "Traceback" not in output
     assert len(files(tmp_path)) == 24
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert not list((tmp_path / "features").glob("*/.tmp-*"))
     built = {file.name: file.read_bytes() for file in files(tmp_path)}
-    outputs = run_ranks([sys.executable, "train.py", "--cfg-path", path, "--options", "run.max_steps=2"])
+    outputs = run_ranks(
+        [sys.executable, "train.py", "--cfg-path", path, "--options", "run.max_steps=2"], timeout=240.0
+    )
     assert "step 2/2" in outputs[0]
     shutil.rmtree(tmp_path / "features")
     monkeypatch.setattr(feature_store, "SHARD_BYTES", PICTURE_BYTES)
