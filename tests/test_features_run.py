@@ -361,10 +361,6 @@ def test_a_killed_build_goes_on_and_ranks_share_the_work(
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert not list((tmp_path / "features").glob("*/.tmp-*"))
     built = {file.name: file.read_bytes() for file in files(tmp_path)}
-    outputs = run_ranks(
-        [sys.executable, "train.py", "--cfg-path", path, "--options", "run.max_steps=2"], timeout=240.0
-    )
-    assert "step 2/2" in outputs[0]
     shutil.rmtree(tmp_path / "features")
     monkeypatch.setattr(feature_store, "SHARD_BYTES", PICTURE_BYTES)
     main(["features", "build", "--cfg-path", path])
