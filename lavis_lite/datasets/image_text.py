@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.order import seed_of
 from lavis_lite.datasets.records import Record, RecordTable
+from lavis_lite.image_features import ImageFeatures, stack_images
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Part:
 
     records: RecordTable
     images: Path
+
+
+class StoredImages(Protocol):
+    """What a dataset may take its images from in place of picture files."""
+
+    def load(self, row: int, *, seed: int) -> ImageFeatures:
+        """Features [P, C] of a view of the row's picture, chosen by the seed; raises UnreadableSample."""
+        ...
 
 
 class ImageTextDataset:
@@ -55,6 +66,7 @@ class ImageTextDataset:
         self.name = name
         self._ends = list(itertools.accumulate(len(part.records) for part in self.parts))
         self._salt = seed_of(*name.encode())
+        self.stored: StoredImages | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -75,27 +87,40 @@ class ImageTextDataset:
         }
 
     def load(self, index: int, *, seed: int) -> dict[str, Any]:
-        """One processed row: image float32[3, H, W], text_input, image_id, index.
+        """One processed row: image float32[3, H, W] (or its features, see `with_features`), text_input, image_id,
+        index.
 
         The caption drawn from the row's list and the augmentation depend on (index, seed) alone; torch's
         global generator is left as it was. Raises UnreadableSample.
         """
         record, part = self._record(index)
-        captions = self._raw_captions(record, part)
-        picture = read_image(self._path(record, part))
         with seeded(seed):
-            caption = captions[int(torch.randint(len(captions), ()))]
-            return {
-                "image": self.vis_processor(picture),
-                "text_input": self.text_processor(caption),
-                "image_id": self._image_id(index, record),
-                "index": index,
-            }
+            texts = self._draw_texts(index, record, part)
+            # Last, so that what else the seed decides doesn't depend on where the image comes from.
+            if self.stored is not None:
+                return {"image": self.stored.load(index % len(self), seed=seed), **texts}
+            return {"image": self.vis_processor(read_image(self._path(record, part))), **texts}
+
+    def _draw_texts(self, index: int, record: Record, part: int) -> dict[str, Any]:
+        """A row without its image, drawn from torch's global generator; raises UnreadableSample."""
+        captions = self._raw_captions(record, part)
+        caption = captions[int(torch.randint(len(captions), ()))]
+        return {
+            "text_input": self.text_processor(caption),
+            "image_id": self._image_id(index, record),
+            "index": index,
+        }
+
+    def with_features(self, stored: StoredImages) -> Self:
+        """The same rows whose `load` gives a frozen encoder's stored features in the place of pictures."""
+        other = copy.copy(self)
+        other.stored = stored
+        return other
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """image float32[B, 3, H, W], text_input (B strings), image_id int64[B], index int64[B]."""
+        """image float32[B, 3, H, W] or features, text_input (B strings), image_id int64[B], index int64[B]."""
         return {
-            "image": torch.stack([sample["image"] for sample in samples]),
+            "image": stack_images([sample["image"] for sample in samples]),
             "text_input": [sample["text_input"] for sample in samples],
             "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
             "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),

@@ -293,6 +293,11 @@ def eval_loader(
     )
 
 
+def read_in_order(reader: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
+    """What a reader makes of each task, read ahead by worker processes, in the tasks' order."""
+    return iter(DataLoader(reader, sampler=tasks, **_loader_options(num_workers, None, prefetch=2)))
+
+
 def _close(stream: weakref.ref[Generator[Any, None, None]]) -> None:
     generator = stream()
     if generator is not None:

@@ -115,6 +115,10 @@ class RecordTable:
         image, captions, image_id, problem, group, asked = (c[index].as_py() for c in self._columns)
         return Record(image, captions or [], image_id, problem, group, asked and Asked(**asked))
 
+    def images(self) -> pa.ChunkedArray:
+        """Every row's picture path, as `Record.image` has it."""
+        return self._columns[0]
+
     def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
         return RecordTable, (self.path,)
 

@@ -14,7 +14,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.models.decoding import DecodingRules, Search
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.ranking import log_likelihoods
-from lavis_lite.samples import image_of, prompts_of, texts_of
+from lavis_lite.samples import Images, image_of, prompts_of, texts_of
 
 QUESTION = "{}"  # a template's place for the question
 
@@ -97,7 +97,7 @@ class QuestionAnswering(ABC):
         """Where the parameters are."""
 
     @abstractmethod
-    def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+    def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
         """See `Blip2Generative`."""
 
     @abstractmethod

@@ -25,7 +25,7 @@ from lavis_lite.models.language.loading import LanguageModelConfig
 from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.text_side import TEXT_SIDE, has_text_side, load_text_side
 from lavis_lite.models.vision.tower import validate_vision_config
-from lavis_lite.samples import complete_questions, complete_samples, image_of
+from lavis_lite.samples import Images, complete_questions, complete_samples, image_of
 
 # What a stage-1 checkpoint holds that stage 2 has no place for; where no question is read, the text side neither.
 STAGE1_HEADS = (r"^(vision_proj|text_proj|itm_head)\.", r"^temp$", r"^Qformer\.cls\.")
@@ -186,8 +186,8 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             visual, prompts, batch["text_output"], max_length=self.max_txt_len
         )
 
-    def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
-        """Images [B, 3, H, W] -> [B, Q, L], in the place of so many token embeddings.
+    def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
+        """Images [B, 3, H, W], or stored features of them -> [B, Q, L], in the place of so many token embeddings.
 
         Args:
             questions: B texts for a Q-Former that reads them; others overlook them.
