@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 

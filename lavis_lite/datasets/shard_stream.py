@@ -288,5 +288,12 @@ def start_places(
 def _reason(error: Exception) -> str:
     """What went wrong, without the objects that webdataset adds to the arguments of an exception."""
     text = " ".join(str(error.args[0] if error.args else "").split()) or type(error).__name__
-    failed = re.search(r"exit (-?\d+) \(read\)", text)
-    return f"its command ended with exit code {failed[1]}" if failed else text.split(" @ <")[0]
+    waits = [arg.wait_for_child for arg in error.args if hasattr(arg, "wait_for_child")]
+    for wait in waits if text == "empty file" else []:
+        # What the command has to say of it comes after the end of its output.
+        try:
+            wait()
+        except OSError as failed:
+            text = str(failed)
+    failed_with = re.search(r"exit (-?\d+) \(read\)", text)
+    return f"its command ended with exit code {failed_with[1]}" if failed_with else text.split(" @ <")[0]
