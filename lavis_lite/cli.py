@@ -10,6 +10,7 @@ from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.run import evaluate_main, train_main
+from lavis_lite.commands.shards import shards_main
 from lavis_lite.commands.tokenizer import tokenizer_main
 
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": generate_main,
     "answer": answer_main,
     "convert": convert_main,
+    "shards": shards_main,
 }
 
 

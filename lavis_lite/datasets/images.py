@@ -44,6 +44,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     return decode_image(name if address is None else io.BytesIO(read_member(address)), name)
 
 
+def read_bytes(path: str) -> bytes:
+    """The bytes of a picture's file or of a shard's member, as they are; UnreadableSample where there are none."""
+    address = Address.parse(path)
+    if address is not None:
+        return read_member(address)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableSample(path, error.strerror or "can't be read") from error
+    if not content:
+        raise UnreadableSample(path, "the file is empty")
+    return content
+
+
 def decode_image(source: str | io.BytesIO, name: str) -> Image.Image:
     """The picture in a file or in bytes, as `read_image` gives it. name: what a message calls it."""
     try:

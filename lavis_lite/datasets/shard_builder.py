@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import logging
 import os
@@ -19,6 +18,7 @@ from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Record, RecordTable, Source
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_stream import ShardStream
+from lavis_lite.datasets.shard_urls import expand_braces, find_local, is_local, is_local_tar
 from lavis_lite.datasets.shards import ShardSource
 from lavis_lite.datasets.tar_members import Address, read_member
 from lavis_lite.datasets.vqa import QuestionDataset
@@ -170,8 +170,8 @@ class ShardBuilder(ImageTextBuilder):
     def _local(self, pattern: str, key: str) -> list[str]:
         names = expand_braces(pattern)
         folder = self._resolve_any(names, key)
-        found = [path for name in names for path in _matches(folder, name)]
-        missing = [name for name in names if not _matches(folder, name)]
+        found = [path for name in names for path in find_local(folder, name)]
+        missing = [name for name in names if not find_local(folder, name)]
         if missing:
             logger.warning(
                 "dataset '%s': %d of %d shards are missing, for example %s",
@@ -185,7 +185,7 @@ class ShardBuilder(ImageTextBuilder):
     def _resolve_any(self, names: Sequence[str], key: str) -> Path:
         """The folder below which any of the shards is; DataError when none is."""
         found = next(
-            (folder for folder in self.folders() if any(_matches(folder, name) for name in names)), None
+            (folder for folder in self.folders() if any(find_local(folder, name) for name in names)), None
         )
         if found is None:
             self.missing(names[0], "shard", key)
@@ -216,25 +216,6 @@ class QuestionShardBuilder(ShardBuilder):
     }
 
 
-def is_local(pattern: str) -> bool:
-    """Whether shards are files of this machine, and not addresses or commands."""
-    return "://" not in pattern and not pattern.startswith("pipe:")
-
-
-def is_local_tar(pattern: str) -> bool:
-    """Whether shards can be read at random: uncompressed local tars."""
-    return is_local(pattern) and pattern.endswith(".tar")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """ "a/{00..02}.tar" -> a/00.tar, a/01.tar, a/02.tar; "~" and $VARIABLES are expanded in paths."""
-    import webdataset as wds
-
-    pattern = os.path.expanduser(os.path.expandvars(pattern)) if is_local(pattern) else pattern
-    urls: list[str] = wds.SimpleShardList(pattern).urls
-    return urls
-
-
 def _problem(record: Record, folder: Path) -> str | None:
     """Why a sample of local shards can't be used; None when it can. The picture is read, not decoded."""
     address = Address.parse(os.path.join(folder, record.image))
@@ -245,13 +226,6 @@ def _problem(record: Record, folder: Path) -> str | None:
     except UnreadableSample as error:
         return str(error)
     return None
-
-
-def _matches(folder: Path, name: str) -> list[str]:
-    path = str(folder / name)
-    if any(sign in name for sign in "*?["):
-        return sorted(glob.glob(path))
-    return [path] if os.path.isfile(path) else []
 
 
 def _form(config: ShardSplitConfig) -> SampleForm:
