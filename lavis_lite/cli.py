@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import lavis_lite
 from lavis_lite.commands.convert import convert_main
+from lavis_lite.commands.data import data_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.run import evaluate_main, train_main
@@ -22,6 +23,7 @@ COMMANDS = {
     "answer": answer_main,
     "convert": convert_main,
     "shards": shards_main,
+    "data": data_main,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def _make(args: argparse.Namespace) -> None:
     for name in ("samples_per_shard", "workers"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    # That other splits are left out is no news here.
+    logging.getLogger("lavis_lite.datasets").setLevel(logging.WARNING)
     dataset = build_named_split(args.dataset, args.split, args.options)
     plan = plan_of(dataset, split=args.split, samples_per_shard=args.samples_per_shard, shuffle=args.shuffle)
     written = make_shards(dataset, plan, Path(args.out), workers=args.workers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.config import PRESETS, load_dataset_preset, merge
+from lavis_lite.common.config import PRESETS, dataset_section, merge
 from lavis_lite.common.errors import ConfigError, DataError, closest
 from lavis_lite.common.io import cache_dir
 from lavis_lite.common.registry import registry
@@ -268,7 +268,7 @@ def validate_datasets_config(datasets: Mapping[str, Mapping[str, Any] | None]) -
 
 def build_dataset_from_preset(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, MapDataset]:
     """The splits of a preset with `overrides` laid over it; a name without a preset needs overrides."""
-    return build_datasets({name: merge(load_dataset_preset(name), overrides or {})})[name]
+    return build_datasets({name: dataset_section(name, overrides)})[name]
 
 
 def _split_configs(split_class: type, section: Any, defaults: Mapping[str, Any], *, where: str) -> list[Any]:

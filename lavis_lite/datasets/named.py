@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.config import PRESETS, load_dataset_preset, merge, parse_options, read_project
+from lavis_lite.common.config import PRESETS, dataset_section, merge, parse_options, read_project
 from lavis_lite.common.errors import ConfigError, closest
 from lavis_lite.datasets.builders import SPLITS, build_datasets
 
@@ -33,12 +33,12 @@ def named_section(name: str, options: Sequence[str] = ()) -> tuple[str, dict[str
         hint = closest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
         raise ConfigError(f"no dataset preset '{name}' and no YAML file; {hint}")
     (chosen, section), *_ = datasets.items()
-    laid = merge(load_dataset_preset(chosen), section or {})
     given = parse_options(options).get("datasets") or {}
     unknown = [key for key in given if key != chosen]
     if unknown or len(parse_options(options)) > bool(given):
         raise ConfigError(f"options here are of the form datasets.{chosen}.<key>=<value>")
-    return chosen, merge(laid, given.get(chosen) or {})
+    laid = merge({chosen: section or {}}, given)[chosen]
+    return chosen, dataset_section(chosen, laid)
 
 
 def only_split(section: Mapping[str, Any], split: str) -> dict[str, Any]:
