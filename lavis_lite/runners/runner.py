@@ -206,6 +206,7 @@ class Runner:
             "lr": parts.schedule(step - 1),
             "images_per_s": round(images / window.seconds, 2),
             "data_wait": round(window.wait / window.steps, 5),
+            "data_wait_share": round(window.wait / window.seconds, 4),
             "elapsed_s": round(self._elapsed(), 2),
             "skipped": self.state.skipped,
             "bad_images": parts.loader.bad_images,
