@@ -86,9 +86,9 @@ def test_a_run_continues_in_mid_epoch_of_a_mix(tmp_path: Path, workers: int) -> 
 @pytest.mark.slow
 def test_two_processes_continue_in_mid_epoch_of_a_mix(tmp_path: Path) -> None:
     path = project(tmp_path / "two", num_workers=1)
-    run_ranks(train_command(path))
+    run_ranks(train_command(path), timeout=300)
     bits = back_to_step_4(tmp_path / "two")
-    run_ranks(train_command(path))
+    run_ranks(train_command(path), timeout=300)
     assert_same_bits(weights(tmp_path / "two/run/checkpoints/step_000008"), bits)
 
 
