@@ -210,7 +210,7 @@ def test_check_finds_nothing_in_whole_shards(
     assert check(f"{tmp_path}/out/{{00000..00004}}.tar", "--readers", "6") == 1
     assert "5 shards are too few for 6 readers" in capsys.readouterr().err
     assert check(f"pipe:cat {tmp_path}/out/{{00000..00004}}.tar") == 0
-    assert "5 of 5 shards are whole: 23 samples" in capsys.readouterr().out
+    assert "5 of 5 shards are whole: 23 samples, 46 captions" in capsys.readouterr().out
 
 
 def test_check_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

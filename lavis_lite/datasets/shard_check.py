@@ -52,14 +52,15 @@ def check_streams(urls: Sequence[str], form: SampleForm) -> Iterator[Report]:
     for number, url in enumerate(urls):
         failures: list[tuple[str, str]] = []
         bad: list[str] = []
-        samples = 0
+        samples = captions = 0
         for raw in stream.raw([number], failures):
             samples += 1
+            captions += len(stream.row(raw).captions)
             try:
                 stream.load(raw, seed=0)
             except UnreadableSample as error:
                 bad.append(f"{error.path.removeprefix(f'{url}, ')}: {error.reason}")
-        yield Report(url, samples, samples - len(bad), failures[0][1] if failures else None, bad)
+        yield Report(url, samples, captions, failures[0][1] if failures else None, bad)
 
 
 def _check(shard: Path, *, form: SampleForm, deep: bool) -> Report:

@@ -26,6 +26,7 @@ from lavis_lite.datasets.base import MAX_ATTEMPTS, UnreadableSample
 from lavis_lite.datasets.image_text import collate_images, public_image_id, seeded
 from lavis_lite.datasets.images import decode_image
 from lavis_lite.datasets.order import AUGMENT, ORDER, REPLACE, hashed, permuted, seed_of
+from lavis_lite.datasets.readers import Row
 from lavis_lite.datasets.records import number_of
 from lavis_lite.datasets.shard_rows import SampleForm
 
@@ -159,18 +160,21 @@ class ShardStream:
             for number, members in enumerate(samples):
                 yield Raw(shard, ordinal, number, url, members)
 
+    def row(self, raw: Raw) -> Row:
+        """What a sample's members tell, with its place (address and key) for a path."""
+        place = f"{raw.url}, sample {raw.members['__key__']}"
+        members = {key: value for key, value in raw.members.items() if not key.startswith("__")}
+        return self.form.row(place, place, members, lambda extension: members[extension])
+
     def load(self, raw: Raw, *, seed: int) -> dict[str, Any]:
         """One processed sample, as of `ImageTextDataset.load`; `index` counts shards in its upper 32 bits.
 
         Raises UnreadableSample.
         """
-        place = f"{raw.url}, sample {raw.members['__key__']}"
-        members = {key: value for key, value in raw.members.items() if not key.startswith("__")}
-        row = self.form.row(place, place, members, lambda extension: members[extension])
-        extension = self.form.picture(members)
-        if row.problem is not None or not row.captions or extension is None:
-            raise UnreadableSample(place, (row.problem or "no caption").removeprefix(f"{place}: "))
-        picture = decode_image(io.BytesIO(members[extension]), place)
+        row = self.row(raw)
+        if row.problem is not None or not row.captions:
+            raise UnreadableSample(row.image, (row.problem or "no caption").removeprefix(f"{row.image}: "))
+        picture = decode_image(io.BytesIO(raw.members[self.form.picture(raw.members) or ""]), row.image)
         index = (raw.shard << 32) + raw.number
         with seeded(seed):
             caption = row.captions[int(torch.randint(len(row.captions), ()))]
