@@ -271,7 +271,10 @@ def test_evaluation_splits_join_the_rows_of_a_picture_and_training_does_not(tmp_
         ({"train": {"limit": 3}}, "set datasets.own.train.annotations to a file"),
         ({"train": {"annotations": "a", "limit": 0}}, "datasets.own.train.limit must be at least 1"),
         ({"train": "a.json"}, "datasets.own.train: expected"),
-        ({"train": {"annotations": "a/00.tar"}}, "set datasets.own.builder=shards and datasets.own.train.shards to"),
+        (
+            {"train": {"annotations": "a/00.tar"}},
+            "set datasets.own.builder=shards and datasets.own.train.shards to",
+        ),
         ({}, "datasets.own: no split is set and there is no preset of that name"),
         ({"train": {"images": "a"}, "ratio": -1}, "datasets.own.ratio can't be negative"),
         ({"train": {"images": "a"}, "ratio": "much"}, "datasets.own.ratio: expected float"),
