@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import lavis_lite
 from lavis_lite.commands.convert import convert_main
+from lavis_lite.commands.data import data_main
 from lavis_lite.commands.features import features_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.run import evaluate_main, train_main
+from lavis_lite.commands.shards import shards_main
 from lavis_lite.commands.tokenizer import tokenizer_main
 
 COMMANDS = {
@@ -22,6 +24,8 @@ COMMANDS = {
     "answer": answer_main,
     "convert": convert_main,
     "features": features_main,
+    "shards": shards_main,
+    "data": data_main,
 }
 
 

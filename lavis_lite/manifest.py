@@ -32,6 +32,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "builder": {
         "lavis_lite.datasets.builders": ["image_text"],
         "lavis_lite.datasets.vqa_builder": ["vqa"],
+        "lavis_lite.datasets.shard_builder": ["shards", "vqa_shards"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
         "lavis_lite.worlds.shapes.vit_data": ["shapes_rendered"],
         "lavis_lite.worlds.shapes.lm_data": ["shapes_documents"],

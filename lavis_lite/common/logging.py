@@ -21,6 +21,8 @@ from lavis_lite.common.errors import MissingDependencyError
 from lavis_lite.common.io import atomic_write
 
 ROOT = "lavis_lite"
+# Of a step's time: less than this is no reason to add loader workers.
+NOTICEABLE_WAIT = 0.05
 
 _console: Console | None = None
 
@@ -123,14 +125,16 @@ def duration(seconds: float) -> str:
 
 
 def progress_text(values: Mapping[str, float]) -> str:
-    """The losses and the speed of a step in one line."""
+    """The losses and the speed of a step in one line, and how much of it waited for data where that is noticeable."""
     losses = [
         f"{key} {value:.3f}"
         for key, value in values.items()
         if key.startswith("loss") or key.endswith("_acc")
     ]
     speed = [f"{values['images_per_s']:.0f} images/s"] if "images_per_s" in values else []
-    return "  ".join([*losses, *speed])
+    share = values.get("data_wait_share", 0.0)
+    waits = [f"{share:.0%} waiting for data"] if share >= NOTICEABLE_WAIT else []
+    return "  ".join([*losses, *speed, *waits])
 
 
 class ProgressDisplay:

@@ -118,13 +118,8 @@ class ImageTextDataset:
         return other
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """image float32[B, 3, H, W] or features, text_input (B strings), image_id int64[B], index int64[B]."""
-        return {
-            "image": stack_images([sample["image"] for sample in samples]),
-            "text_input": [sample["text_input"] for sample in samples],
-            "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
-            "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
-        }
+        """See `collate_images`."""
+        return collate_images(samples)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a row, processed; empty for a row whose captions can't be read."""
@@ -160,11 +155,24 @@ class ImageTextDataset:
         return os.path.join(self.parts[part].images, record.image)
 
     def _image_id(self, index: int, record: Record) -> int:
-        # Hashed with the name, so that the numbers of datasets in a mix don't meet (63 bits, of 10 million
-        # pictures one pair does with a chance of 5e-6). Without a declared number every row is a picture of
-        # its own.
-        declared = record.image_id is not None
-        return seed_of(self._salt, int(declared), index if record.image_id is None else record.image_id)
+        return public_image_id(self._salt, index, record.image_id)
+
+
+def public_image_id(salt: int, index: int, declared: int | None) -> int:
+    """A picture's number in a batch: that of its file, or without one of its row, told apart by dataset."""
+    # Hashed with the name, so that the numbers of datasets in a mix don't meet (63 bits, of 10 million pictures one
+    # pair does with a chance of 5e-6). Without a declared number every row is a picture of its own.
+    return seed_of(salt, int(declared is not None), index if declared is None else declared)
+
+
+def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """image float32[B, 3, H, W] or features, text_input (B strings), image_id int64[B], index int64[B]."""
+    return {
+        "image": stack_images([sample["image"] for sample in samples]),
+        "text_input": [sample["text_input"] for sample in samples],
+        "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
+        "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+    }
 
 
 @contextmanager

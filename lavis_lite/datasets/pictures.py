@@ -24,6 +24,7 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, seeded
 from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.order import VIEW, seed_of
+from lavis_lite.datasets.tar_members import Address
 
 
 class Pictures:
@@ -78,8 +79,10 @@ class Pictures:
 
     def _file(self, number: int) -> list[Any]:
         part, name = self._place(number)
+        path = self.path(number)
+        member = Address.parse(path)
         try:
-            status = os.stat(self.path(number))
+            status = os.stat(member.tar if member else path)
         except (OSError, ValueError):  # missing, or no path at all: a row that can't be read either way
             return [part, name, None]
         return [part, name, status.st_size, status.st_mtime_ns]
