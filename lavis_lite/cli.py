@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import lavis_lite
+from lavis_lite.commands.capfilt import capfilt_main
 from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": generate_main,
     "answer": answer_main,
     "convert": convert_main,
+    "capfilt": capfilt_main,
 }
 
 
