@@ -14,8 +14,10 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,12 @@ class Claims:
         """A name for this process that no other has."""
         return f"{self._me['host']}-{self._me['pid']}-{self._me['id'][:8]}"
 
-    def clear(self, name: str) -> None:
+    def clear(self, names: Collection[str]) -> None:
         """Remove all claims on what is done."""
-        for number in _numbers(self.folder, name):
-            self._path(name, number).unlink(missing_ok=True)
+        for entry in os.listdir(self.folder):
+            match = _NAME.fullmatch(entry)
+            if match and match["name"] in names:
+                (self.folder / entry).unlink(missing_ok=True)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.claim.{number}"
@@ -111,12 +115,8 @@ class Claims:
 
     def _now(self) -> float:
         """The time by the clock that stamps the files, which on a network file system is not this machine's."""
-        probe = self.folder / f".now-{self._me['id']}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
 
 
 def _numbers(folder: Path, name: str) -> list[int]:

@@ -192,6 +192,8 @@ class _Tar:
                 members = tar_file_expander([{"url": self.url, "stream": stream}])
                 for sample in group_by_keys(members):
                     yield self._item(sample)
+                while stream.read(1 << 16):  # a command whose end nobody reads would fail for that
+                    pass
         except (tarfile.TarError, EOFError, ValueError) as error:
             reason = str(error.args[0]) if error.args else type(error).__name__
             if not local:
@@ -205,7 +207,7 @@ class _Tar:
             return open(self.url, "rb")
         from webdataset import gopen
 
-        return gopen.gopen(self.url)
+        return gopen(self.url)
 
     def _item(self, sample: Mapping[str, Any]) -> Item:
         key = str(sample["__key__"])

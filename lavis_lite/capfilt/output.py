@@ -74,6 +74,7 @@ class Output:
                     temporary = files.enter_context(atomic_file(self.folder / f"{name}.{suffix}"))
                     opened[f"{name}.{suffix}"] = files.enter_context(temporary.open("wb"))
             writer = PieceWriter(opened)
+            files.callback(writer.abandon)
             yield writer
             writer.close()
             described = {file: _described(handle) for file, handle in opened.items()}
@@ -117,6 +118,13 @@ class PieceWriter:
         """Write the end of the tar."""
         if self._tar is not None:
             self._tar.close()
+            self._tar = None
+
+    def abandon(self) -> None:
+        """Let go of a tar that was not closed, or its destructor would write to a closed file."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._tar.close()
 
 
 def _jpeg(content: bytes, picture: Image.Image) -> bytes:

@@ -128,7 +128,7 @@ def _agree(settings: Settings, inputs: Inputs, output: Output, claims: Claims) -
             try:
                 atomic_write(path, json.dumps(mine, indent=1) + "\n")
             finally:
-                claims.clear(SETTINGS)
+                claims.clear([SETTINGS])
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = differences(settings, before.get("settings", {}))
     if not changed and before.get("inputs") != mine["inputs"]:

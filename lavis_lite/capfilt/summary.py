@@ -18,7 +18,7 @@ from lavis_lite.capfilt.claims import Claims
 from lavis_lite.capfilt.output import Output
 from lavis_lite.capfilt.tally import BINS, Tally, added
 from lavis_lite.common.errors import DataError
-from lavis_lite.common.io import atomic_file, atomic_write
+from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
 from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import decode_image
@@ -95,7 +95,8 @@ def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
             about = {**asdict(summary), "web_share": summary.web_share}
             del about["tally"]["examples"]
             atomic_write(path, json.dumps(about, indent=1) + "\n")
-            claims.clear(NAME)
+            remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
+            claims.clear({*names, NAME})
             return summary
         finally:
             claim.release()

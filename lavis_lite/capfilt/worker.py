@@ -132,7 +132,7 @@ class Worker:
                 logger.info("shard %s: taken over from a process that is gone", name)
                 self.job.output.remove_leftovers(name)
             self._do(number, name, claim)
-            self.claims.clear(name)
+            self.claims.clear([name])
         except Lost:
             logger.warning("shard %s: another process took it over; leaving it", name)
         finally:
