@@ -48,7 +48,10 @@ class FakeCaptioner:
         self.batches.append(len(images))
         texts = [" ".join(WORDS[int(d * len(WORDS))] for d in row[:4]) for row in draws.tolist()]
         k = self.num_captions
-        return [[f"{image.size[0]} {text}" for text in texts[i * k : (i + 1) * k]] for i, image in enumerate(images)]
+        return [
+            [f"{image.size[0]} {text}" for text in texts[i * k : (i + 1) * k]]
+            for i, image in enumerate(images)
+        ]
 
 
 class FakeRanker:

@@ -141,7 +141,9 @@ def test_captions_of_shards_are_found_where_they_usually_are(tmp_path: Path) -> 
 
 def test_a_cut_shard_is_used_up_to_the_cut_and_a_cut_stream_is_not(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [(str(n), {"jpg": jpeg_bytes(n), "txt": b"t"}) for n in range(6)])
-    size = next(offset for offset in range(512, 99999, 512) if path.read_bytes()[offset:].startswith(b"3.jpg"))
+    size = next(
+        offset for offset in range(512, 99999, 512) if path.read_bytes()[offset:].startswith(b"3.jpg")
+    )
     path.write_bytes(path.read_bytes()[: size + 600])
     piece = TarShards(str(path)).open(0)
     assert [item.key for item in piece] == ["0", "1"] and "unexpected end of data" in str(piece.damage)
@@ -191,7 +193,11 @@ def test_the_output_holds_the_best_captions_with_scores_and_sources(tmp_path: Pa
     digest = subprocess.run(["sha256sum", tmp_path / "out/000001.tar"], capture_output=True, text=True)
     assert digest.stdout.split()[0] == manifest["files"]["000001.tar"]["sha256"]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "data:image/jpeg" in page and "web text 1 0" in page and "http" not in page.replace("http://www.w3", "")
+    assert (
+        "data:image/jpeg" in page
+        and "web text 1 0" in page
+        and "http" not in page.replace("http://www.w3", "")
+    )
 
 
 def test_captions_dont_depend_on_batches_or_on_what_else_is_there(tmp_path: Path) -> None:
@@ -286,7 +292,9 @@ def test_mistakes_are_one_line(
     assert message.format(web=tmp_path / "web") in error and error.startswith("error: ")
 
 
-def test_another_job_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_job_in_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--shards", web_shards(tmp_path / "web", 2, 3), *MODELS, "--out", str(tmp_path / "out")]
     capfilt(*arguments)
     for changed, said in (

@@ -102,7 +102,9 @@ def test_a_claim_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
     assert again is not None and again.holds() and not claim.holds()
 
 
-@pytest.mark.parametrize("death", ["no such process", "its number was given again", "silent elsewhere", "torn file"])
+@pytest.mark.parametrize(
+    "death", ["no such process", "its number was given again", "silent elsewhere", "torn file"]
+)
 def test_a_dead_process_loses_its_claim_to_one_other(tmp_path: Path, death: str) -> None:
     changes = {
         "no such process": {"pid": 2**22 + 1},
