@@ -175,7 +175,7 @@ def test_a_prompt_is_no_part_of_the_caption(blip_folder: Path, tmp_path: Path) -
     plain = captioner("blip", tmp_path, blip_folder)
     said = model.captions(pictures(), draws())
     assert said != plain.captions(pictures(), draws())
-    assert max(len(text.split()) for own in said for text in own) == 6  # new words alone
+    assert max(len(text.split()) for own in said for text in own) <= 6  # new words alone
 
 
 def test_too_few_draws_are_an_error(tmp_path: Path) -> None:
@@ -246,9 +246,9 @@ def test_models_of_transformers_that_dont_fit_are_named(
     tmp_path: Path, blip_folder: Path, clip_folder: Path
 ) -> None:
     nowhere = Settings(f"hf:{tmp_path}/nowhere", f"hf:{tmp_path}/nowhere")
-    with pytest.raises(CheckpointError, match="--captioner hf:.*nowhere: no such model here"):
+    with pytest.raises(CheckpointError, match=r"--captioner hf:.*nowhere: no such model here"):
         build_captioner(nowhere, CPU, "fp32")
-    with pytest.raises(CheckpointError, match="--ranker hf:.*nowhere: no such model here"):
+    with pytest.raises(CheckpointError, match=r"--ranker hf:.*nowhere: no such model here"):
         build_ranker(nowhere, CPU, "fp32")
     with pytest.raises(ConfigError, match="has no matching head"):
         build_ranker(Settings("hf:x", f"hf:{clip_folder}", rank_by="itm"), CPU, "fp32")

@@ -9,6 +9,7 @@ import torch
 
 from lavis_lite.common.device import PRECISIONS
 from lavis_lite.common.errors import CheckpointError
+from lavis_lite.models.language.loading import quiet
 
 
 def load_pretrained(
@@ -25,9 +26,10 @@ def load_pretrained(
     dtype = PRECISIONS.get(precision, torch.float32) if device.type == "cuda" else torch.float32
     try:
         processor = transformers.AutoProcessor.from_pretrained(source)
-        model, report = getattr(transformers, auto_class).from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
+        with quiet():
+            model, report = getattr(transformers, auto_class).from_pretrained(
+                source, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
