@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def run_capfilt(settings: Settings, place: Place) -> None:
         summary = finish(output, job.names, claims)
     except OSError as error:
         raise refused(error, output.folder, len(job.names)) from error
-    print("\n".join([*summary.lines(), f"report: {output.folder / 'report.html'}"]))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process tells it
+        print("\n".join([*summary.lines(), f"report: {output.folder / 'report.html'}"]))
 
 
 def _work(job: Job, place: Place, claims: Claims) -> None:

@@ -81,25 +81,35 @@ def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
     Raises DataError when a shard vanished meanwhile.
     """
     path = output.folder / f"{NAME}.json"
-    while True:
-        claim = claims.take(NAME)
-        if claim is None:
-            time.sleep(0.2)
-            continue
-        try:
-            manifests = _manifests(output, names)
-            summary = _summary(manifests, output.folder)
-            if output.annotations:
-                _join(output, names)
-            atomic_write(output.folder / "report.html", _page(summary, manifests, output))
-            about = {**asdict(summary), "web_share": summary.web_share}
-            del about["tally"]["examples"]
-            atomic_write(path, json.dumps(about, indent=1) + "\n")
-            remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
-            claims.clear({*names, NAME})
-            return summary
-        finally:
-            claim.release()
+    while (claim := claims.take(NAME)) is None:
+        time.sleep(0.2)
+    try:
+        manifests = _manifests(output, names)
+        made = _made_before(path, output, names)
+        if made is not None:
+            return made
+        summary = _summary(manifests, output.folder)
+        if output.annotations:
+            _join(output, names)
+        atomic_write(output.folder / "report.html", _page(summary, manifests, output))
+        atomic_write(path, json.dumps(asdict(summary), indent=1) + "\n")
+        remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
+        claims.clear({*names, NAME})
+        return summary
+    finally:
+        claim.release()
+
+
+def _made_before(path: Path, output: Output, names: Sequence[str]) -> Summary | None:
+    """The summary that another process made of the same shards a moment ago, or this one's forerunner did."""
+    try:
+        newest = max(output.manifest_path(name).stat().st_mtime for name in names)
+        if path.stat().st_mtime < newest:
+            return None
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return Summary(**{**about, "tally": Tally(**about["tally"])})
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _manifests(output: Output, names: Sequence[str]) -> dict[str, dict[str, Any]]:
