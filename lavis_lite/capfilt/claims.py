@@ -34,6 +34,7 @@ class Claim:
     path: Path
     name: str
     number: int
+    owner: str
     _beaten: float = 0.0
 
     def beat(self) -> None:
@@ -46,11 +47,19 @@ class Claim:
     def holds(self) -> bool:
         """Whether nobody has taken it over."""
         held = _numbers(self.path.parent, self.name)
-        return bool(held) and max(held) == self.number
+        return bool(held) and max(held) == self.number and self._is_mine()
 
     def release(self) -> None:
         """Let go, done or not."""
-        self.path.unlink(missing_ok=True)
+        if self._is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def _is_mine(self) -> bool:
+        # Numbers begin again when all claims on something are cleared.
+        try:
+            return bool(json.loads(self.path.read_text(encoding="utf-8")).get("id") == self.owner)
+        except (FileNotFoundError, ValueError):
+            return False
 
 
 class Claims:
@@ -97,7 +106,7 @@ class Claims:
                 json.dump(self._me, file)
         except FileExistsError:
             return None
-        return Claim(path, name, number)
+        return Claim(path, name, number, self._me["id"])
 
     def _gone(self, path: Path) -> bool:
         """Whether the owner of a claim is; a claim that was just released counts too."""
