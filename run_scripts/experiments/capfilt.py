@@ -5,10 +5,11 @@
 
 Each seed: of some training pictures one caption each, as from the web; a share of them is replaced by captions of other
 pictures; CapFilt samples others and ranks all. A caption is true when its picture could be the one it describes
-(`parse.consistent`), whoever wrote it. Reported, as mean and spread over seeds: which wrong and which true web captions
-are left out, and how many captions are true before and after. `--train` goes on: stage 1 on the noisy, the filtered and
-the true captions, and what it has learned by the end. Every run has a folder below --out and is resumed when the
-command is given again. `--out` also gets capfilt.json: all figures, the command, the commit and the machine.
+(`parse.consistent`), whoever wrote it; what is half right is judged by the objects it names. Reported, as mean and
+spread over seeds: which wrong and which true web captions are left out, and what captions are like before and after. `--train`
+goes on: stage 1 on the noisy, the filtered and the true captions, and what it has learned by the end. Every run has a
+folder below --out and is resumed when the command is given again. `--out` also gets capfilt.json: all figures, the
+command, the commit and the machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 from seeds import REPOSITORY, spread, surroundings, train
 
 from lavis_lite.common.io import atomic_write
+from lavis_lite.worlds.shapes.caption_task import Objects, object_shares
 from lavis_lite.worlds.shapes.parse import consistent, parse
 from lavis_lite.worlds.shapes.scene import Scene, sample_scene
 from lavis_lite.worlds.shapes.writer import WorldSpec, write_world
@@ -123,6 +126,7 @@ def measure(noisy: Noisy, candidates: Sequence[Mapping[str, Any]], keep: int) ->
         [(is_true(text, scene), source) for text, source in zip(row["captions"], row["source"], strict=True)]
         for row, scene in zip(candidates, noisy.scenes, strict=True)
     ]
+    objects = [Counter((item.colour, item.shape) for item in scene.objects) for scene in noisy.scenes]
     sampled = [true for own in judged for true, source in own if source == "synthetic"]
     stay = [true for own in judged for true, _ in own[:keep]]
     wrong_out = sum(not true and not stays for true, stays in zip(web, kept, strict=True))
@@ -138,6 +142,19 @@ def measure(noisy: Noisy, candidates: Sequence[Mapping[str, Any]], keep: int) ->
         ),
         "ranker: a true web caption scores above a wrong one": above_chance(web, candidates),
         "best caption is true": share([own[0][0] for own in judged]),
+        "web captions: objects that are there": objects_right(
+            [[row["caption"]] for row in noisy.rows], objects
+        ),
+        "sampled captions: objects that are there": objects_right(
+            [
+                [t for t, s in zip(row["captions"], row["source"], strict=True) if s != "web"]
+                for row in candidates
+            ],
+            objects,
+        ),
+        "kept captions: objects that are there": objects_right(
+            [row["captions"][:keep] for row in candidates], objects
+        ),
     }
 
 
@@ -150,6 +167,12 @@ def is_true(text: str, scene: Scene) -> bool:
         return consistent(parse(re.sub(r"(of them large),?(?!:)\b", r"\1:", text.strip().lower())), scene)
     except ValueError:
         return False
+
+
+def objects_right(texts: Sequence[Sequence[str]], scenes: Sequence[Objects]) -> float:
+    """Mean over captions of the share of the objects named that are in the picture (`object_shares`)."""
+    rights = [object_shares(text, scene)[0] for own, scene in zip(texts, scenes, strict=True) for text in own]
+    return sum(rights) / len(rights)
 
 
 def share(values: Sequence[bool]) -> float:
