@@ -6,10 +6,10 @@
 Each seed: of some training pictures one caption each, as from the web; a share of them is replaced by captions of other
 pictures; CapFilt samples others and ranks all. A caption is true when its picture could be the one it describes
 (`parse.consistent`), whoever wrote it; what is half right is judged by the objects it names. Reported, as mean and
-spread over seeds: which wrong and which true web captions are left out, and what captions are like before and after. `--train`
-goes on: stage 1 on the noisy, the filtered and the true captions, and what it has learned by the end. Every run has a
-folder below --out and is resumed when the command is given again. `--out` also gets capfilt.json: all figures, the
-command, the commit and the machine.
+spread over seeds: which wrong and which true web captions are left out, and what captions are like before and after.
+`--train` goes on: stage 1 on the noisy, the filtered and the true captions, and what it has learned by the end. Every
+run has a folder below --out and is resumed when the command is given again. `--out` also gets capfilt.json: all
+figures, the command, the commit and the machine.
 """
 
 from __future__ import annotations
