@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from capfilt_helpers import MODELS, fake_models, web_shards
+from capfilt_helpers import MODELS, FakeCaptioner, fake_models, web_shards
 
 from lavis_lite.capfilt.claims import Claims
 from lavis_lite.commands.capfilt import capfilt_main
@@ -73,6 +74,37 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path) -> Non
         capfilt_main(arguments)
     assert sum(built[0].batches) == 199  # the third shard's readable pictures, no others again
     assert kept.items() <= contents(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_work_between_batches_and_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    arguments = [
+        "--shards",
+        web_shards(tmp_path / "web", 2, 9),
+        *MODELS,
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    answer = FakeCaptioner.captions
+
+    def told_to_end(self: FakeCaptioner, *given: Any) -> list[list[str]]:
+        if len(self.batches) == 4:  # in the second shard
+            os.kill(os.getpid(), number)
+        return answer(self, *given)
+
+    with monkeypatch.context() as patched, fake_models(), pytest.raises(SystemExit) as ended:
+        patched.setattr(FakeCaptioner, "captions", told_to_end)
+        capfilt_main([*arguments, "--out", str(tmp_path / "out")])
+    assert ended.value.code == code
+    assert sorted(contents(tmp_path / "out")) == ["000000.json", "000000.tar"]
+    assert not list((tmp_path / "out").glob(".tmp-*")) and not list((tmp_path / "out/claims").iterdir())
+    with fake_models() as built:
+        capfilt_main([*arguments, "--out", str(tmp_path / "out")])
+    assert sum(built[0].batches) == 9
 
 
 def test_an_output_that_cant_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
