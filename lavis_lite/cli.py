@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import lavis_lite
+from lavis_lite.commands.capfilt import capfilt_main
 from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.data import data_main
 from lavis_lite.commands.features import features_main
@@ -26,6 +27,7 @@ COMMANDS = {
     "features": features_main,
     "shards": shards_main,
     "data": data_main,
+    "capfilt": capfilt_main,
 }
 
 

@@ -219,6 +219,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         temperature: float = 1.0,
         *,
         max_new_tokens: int | None = None,
+        draws: Tensor | None = None,
     ) -> list[str]:
         """Texts for images: B * num_captions of them, an image's together; never with the prompt in them.
 
@@ -231,6 +232,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             max_length, min_length: of new tokens, without the end. max_new_tokens: the same as max_length.
             length_penalty: beams are ranked by log-probability / length ** length_penalty.
             num_captions: per image; above 1 it needs sampling or at least as many beams.
+            draws: what decides when sampling, see `Search`; without it torch's generator does.
 
         Raises ValueError for prompts that don't fit the images, or impossible settings.
         """
@@ -246,6 +248,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             num_captions=num_captions,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
+            draws=draws,
         ).texts
 
     @torch.no_grad()
@@ -263,11 +266,12 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         num_captions: int = 1,
         temperature: float = 1.0,
         max_new_tokens: int | None = None,
+        draws: Tensor | None = None,
     ) -> Generated:
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
         log-probability of a token otherwise."""
         asked = asked_of(samples, template=self.prompt)
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        search = Search(num_beams, num_captions, use_nucleus_sampling, draws)
         rules = DecodingRules.for_search(
             search,
             end_id=self.language_model.end_id,

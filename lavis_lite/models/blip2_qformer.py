@@ -335,6 +335,8 @@ class Blip2QFormer(Blip2Base):
         num_captions: int = 1,
         temperature: float = 1.0,
         length_penalty: float = 1.0,
+        *,
+        draws: Tensor | None = None,
     ) -> list[str]:
         """Captions of images by the ITG decoder: beam search, greedy (`num_beams=1`) or nucleus sampling.
 
@@ -343,13 +345,14 @@ class Blip2QFormer(Blip2Base):
             max_length, min_length: of new tokens; at most `max_txt_len - 1`, as long as captions were in
                 training.
             num_captions: per image; above 1 it needs sampling or at least as many beams.
+            draws: what decides when sampling, see `Search`; without it torch's generator does.
 
         Returns: B * num_captions texts, an image's together.
         """
         image = image_of(samples).to(self.device)
         queries = self.encode_queries(self.encode_image(image))
         tokenizer = self.tokenizer
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        search = Search(num_beams, num_captions, use_nucleus_sampling, draws)
         rules = DecodingRules.for_search(
             search,
             end_id=tokenizer.sep_id,
