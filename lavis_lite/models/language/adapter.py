@@ -86,6 +86,10 @@ class LanguageModel(nn.Module, ABC):
             self._tokenizer = load_tokenizer(self.config)
         return self._tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
     @property
     def width(self) -> int:
         """D, the width of the token embeddings."""
