@@ -9,12 +9,14 @@ import lavis_lite
 from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
+from lavis_lite.commands.plan import plan_main
 from lavis_lite.commands.run import evaluate_main, train_main
 from lavis_lite.commands.tokenizer import tokenizer_main
 
 COMMANDS = {
     "train": train_main,
     "evaluate": evaluate_main,
+    "plan": plan_main,
     "names": names_main,
     "tokenizer": tokenizer_main,
     "generate": generate_main,
