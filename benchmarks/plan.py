@@ -2,11 +2,11 @@
 
     python benchmarks/plan.py [--cases stage1_shapes stage2_opt350m ...] [--json result.json]
 
-Each case is a project file and options laid over it, its weights drawn at random. Measured: a process of its own builds
-model and optimiser and does three steps (forward, backward, AdamW) on a batch whose texts have full length; on a CPU its
-peak is the kernel's high-water mark of resident memory, on a GPU (`--device cuda`) that of torch's allocator. Planned: in
-this process, without allocating. "runtime" is what a process holds before it builds anything; it is planned by what the
-planning process holds itself.
+Each case is a project file and options laid over it, its weights drawn at random. Measured: a process of its own
+builds model and optimiser and does three steps (forward, backward, AdamW) on a batch whose texts have full length; on
+a CPU its peak is the kernel's high-water mark of resident memory, on a GPU (`--device cuda`) that of torch's
+allocator. Planned: in this process, without allocating. "runtime" is what a process holds before it builds anything;
+it is planned by what the planning process holds itself.
 """
 
 from __future__ import annotations

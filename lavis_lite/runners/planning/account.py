@@ -22,7 +22,7 @@ ORDER = ("image encoder", "Q-Former", "language model", HEADS, INPUTS)
 QUANTIZED = {"int8": (1.0, 4.0), "int4": (0.5 + 4 / 64, 0.0)}
 
 
-# What an allocator holds beyond the tensors that are alive, as a fraction of these. CPU: resident memory of glibc's heap,
+# What an allocator holds beyond the tensors that are alive, as a fraction of these. CPU: of glibc's heap,
 # fitted to benchmarks/plan.py. CUDA: torch's allocator rounds up and keeps pieces apart; an allowance, not measured.
 ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
 
@@ -171,7 +171,9 @@ class Planner:
         if sharding.trained:
             share["copy"] = 0.0  # whole weights exist block by block, already in the arithmetic's precision
         _, at_peak = self._book(batch).peak(share)
-        held: Counter[tuple[str, str]] = Counter({(kind, part): size for (kind, part), size in at_peak.items()})
+        held: Counter[tuple[str, str]] = Counter(
+            {(kind, part): size for (kind, part), size in at_peak.items()}
+        )
         parts = tuple(self._part(name, held) for name in ORDER)
         return Plan(
             batch=batch,

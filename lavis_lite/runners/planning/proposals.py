@@ -89,11 +89,13 @@ def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
                 )
     if not encoder.get("freeze", True) and not encoder.get("grad_checkpointing"):
         yield _Setting(
-            ("model.vision_encoder.grad_checkpointing=true",), "its forward is computed twice (+33% of its time)"
+            ("model.vision_encoder.grad_checkpointing=true",),
+            "its forward is computed twice (+33% of its time)",
         )
     if llm and not llm.get("grad_checkpointing"):
         yield _Setting(
-            ("model.language_model.grad_checkpointing=true",), "its forward is computed twice (+50% of its time)"
+            ("model.language_model.grad_checkpointing=true",),
+            "its forward is computed twice (+50% of its time)",
         )
     if llm and llm.get("quantize", "none") == "none" and target.device_type == "cuda":
         yield _Setting(

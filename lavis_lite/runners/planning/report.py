@@ -44,7 +44,9 @@ def _verdict(plan: Plan) -> str:
     verdict = f"{settings} {word} {gib(plan.limit)} GiB a process: {gib(plan.total)} GiB"
     if plan.largest_batch is None:
         return verdict
-    return verdict + (f"; largest batch that fits: {plan.largest_batch}" if plan.largest_batch else "; no batch fits")
+    return verdict + (
+        f"; largest batch that fits: {plan.largest_batch}" if plan.largest_batch else "; no batch fits"
+    )
 
 
 def _proposed(remedy: Remedy) -> list[str]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-# Documented in torch's notes ("Fake tensor") although its name begins with an underscore: tensors that have a device,
-# so that autocast and the choice of kernels work as they will, and no storage. The meta device has neither.
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch import Tensor, nn
+
+# Documented in torch's notes ("Fake tensor") although its name begins with an underscore: tensors that have a device,
+# so that autocast and the choice of kernels work as they will, and no storage. The meta device has no autocast.
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError

@@ -42,8 +42,8 @@ def part_of(name: str) -> str:
 
 @dataclass
 class Block:
-    """A storage. kind: what it is for: kept by the forward pass, passing in the backward, a gradient, or a weight's copy
-    in another precision. part: of the model, whose module ran last when it came."""
+    """A storage. kind: what it is for: kept by the forward pass, passing in the backward, a gradient, or a weight's
+    copy in another precision. part: of the model, whose module ran last when it came."""
 
     bytes: int
     kind: Kind
