@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch import Tensor, nn
 
 # Documented in torch's notes ("Fake tensor") although its name begins with an underscore: tensors that have a device,
