@@ -1,7 +1,7 @@
 """torch.compile for a run: the blocks of the transformers, in place, so that every name stays what it was.
 
-Blocks and not the whole model: all blocks of a tower are compiled as one, so that 39 cost hardly more than one, and what
-depends on a batch's values (packing texts, drawing negatives, generation) stays in Python between them.
+Blocks and not the whole model: all blocks of a tower are compiled as one, so that 39 cost hardly more than one, and
+what depends on a batch's values (packing texts, drawing negatives, generation) stays in Python between them.
 """
 
 from __future__ import annotations
