@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -151,8 +153,7 @@ class Planner:
 
     def for_strategy(self, strategy: str) -> Planner:
         """The same shapes and traces under another strategy."""
-        other = object.__new__(Planner)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.target = replace(self.target, strategy=strategy)
         other.strategy = other.target.resolved_strategy()
         other.sharding = SHARDINGS[other.strategy]
@@ -254,32 +255,28 @@ class Planner:
 
 
 def largest_batch(total: Callable[[int], int], limit: int, start: int) -> int:
-    """The largest batch size whose total is within the limit, found by straight lines and tried; 0 for none.
+    """The largest batch size whose total is within the limit, to half a per cent of memory; 0 for none.
 
-    The line is drawn through batches of at least 8: texts of a smaller one need not contain the longest.
+    Found by straight lines, which memory nearly follows, and tried. They are drawn from batches of at least 8: texts of
+    a smaller one need not contain the longest.
     """
     low = max(8, start)
-    high = 2 * low
-    first, second = total(low), total(high)
-    for _ in range(4):
-        slope = max(1.0, (second - first) / (high - low))
-        guess = int(low + (limit - first) / slope)
-        if guess < 1:
+    tried = {batch: total(batch) for batch in (low, 2 * low)}
+    for turn in range(12):
+        good = max((batch for batch, size in tried.items() if size <= limit), default=0)
+        bad = min((batch for batch, size in tried.items() if size > limit), default=0)
+        ends = (good, bad) if good and bad else tuple(sorted(tried)[-2:] if good else sorted(tried)[:2])
+        slope = max(1.0, (tried[ends[1]] - tried[ends[0]]) / (ends[1] - ends[0]))
+        if good and (bad == good + 1 or tried[good] * 1.005 + slope > limit):
+            return good
+        guess = int(ends[0] + (limit - tried[ends[0]]) / slope)
+        if good and bad:
+            # By turns the mean of both ends, lest one of them never moves.
+            guess = min(max(guess if turn % 2 == 0 else math.isqrt(good * bad), good + 1), bad - 1)
+        elif guess < 1:
             return 0
-        if guess in (low, high):
-            return guess
-        value = total(guess)
-        if value <= limit and total_of_next(value, slope) > limit:
-            return guess
-        low, first, high, second = (low, first, guess, value) if guess > low else (guess, value, low, first)
-    while guess > 0 and total(guess) > limit:
-        guess = int(guess * 0.98)
-    return guess
-
-
-def total_of_next(value: int, slope: float) -> float:
-    """What the next batches would need: one that is nearly as large is near enough."""
-    return value * 1.005 + slope
+        tried[guess] = total(guess)
+    return good
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
