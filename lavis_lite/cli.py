@@ -12,6 +12,7 @@ from lavis_lite.commands.data import data_main
 from lavis_lite.commands.features import features_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
+from lavis_lite.commands.plan import plan_main
 from lavis_lite.commands.run import evaluate_main, train_main
 from lavis_lite.commands.shards import shards_main
 from lavis_lite.commands.tokenizer import tokenizer_main
@@ -19,6 +20,7 @@ from lavis_lite.commands.tokenizer import tokenizer_main
 COMMANDS = {
     "train": train_main,
     "evaluate": evaluate_main,
+    "plan": plan_main,
     "names": names_main,
     "tokenizer": tokenizer_main,
     "generate": generate_main,

@@ -25,6 +25,8 @@ class RunConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     strategy: str = "auto"
+    # torch.compile the model's blocks; without a working compiler the run goes on without, and says so.
+    compile: bool = False
     num_threads: int | Literal["auto"] = "auto"
 
     # The length: one of the two.

@@ -172,19 +172,21 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
                 "model.prompt to what asks one, with {} in its place, such as 'Question: {} Answer:'"
             )
         visual, texts = self.visual_prompt(batch["image"]), batch["text_input"]
-        if not self.prompt:
-            return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
-        prompts = self.language_model.wrapped([self.prompt]) * len(texts)
-        return self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
+        with self.language_model.arithmetic():
+            if not self.prompt:
+                return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
+            prompts = self.language_model.wrapped([self.prompt]) * len(texts)
+            return self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
 
     def _answer_losses(self, samples: Mapping[str, Any]) -> Tensor:
         batch = complete_questions(samples)
         questions = batch["text_input"]
         visual = self.visual_prompt(batch["image"], questions)
         prompts = self.language_model.wrapped([fill(self.prompt, question) for question in questions])
-        return self.language_model.answer_losses(
-            visual, prompts, batch["text_output"], max_length=self.max_txt_len
-        )
+        with self.language_model.arithmetic():
+            return self.language_model.answer_losses(
+                visual, prompts, batch["text_output"], max_length=self.max_txt_len
+            )
 
     def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
         """Images [B, 3, H, W], or stored features of them -> [B, Q, L], in the place of so many token embeddings.
@@ -316,9 +318,10 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
     ) -> Generated:
         """What the language model says after the images' visual prompts and these texts."""
         visual = self.visual_prompt(image_of(samples).to(self.device), asked.questions)
-        decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
         start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
-        decoded = decode(decoder, start, rules, search)
+        with self.language_model.arithmetic():
+            decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
+            decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
         return Generated(texts, decoded.scores.flatten())
 

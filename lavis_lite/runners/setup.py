@@ -24,6 +24,7 @@ from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.base import Strategy, build_strategy
+from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
 from lavis_lite.runners.resume import StartPoint
@@ -103,6 +104,8 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)
     if start.checkpoint is not None:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
+    if run.compile:
+        compile_blocks(base.model, base.device)
     wrapped = strategy.wrap(base.model, base.device)
     groups = optim.param_groups(base.model, run.weight_decay, run.lr_layer_decay)
     optimizer = optim.build_optimizer(groups, run.betas, base.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -241,9 +241,13 @@ def _check_features(features: object, images: Tensor, width: int, name: str) -> 
         )
 
 
+def low_precision_layers(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The layers of matrix products: nearly all of the memory; autocast takes care of the rest."""
+    return (module for module in encoder.modules() if isinstance(module, (nn.Linear, _ConvNd)))
+
+
 def _lower_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of matrix products: nearly all of the memory; autocast takes care of the rest."""
-    for module in encoder.modules():
+    for layer in low_precision_layers(encoder):
         # On the meta device, where shapes are worked out, there is no autocast to mix types.
-        if isinstance(module, (nn.Linear, _ConvNd)) and not module.weight.is_meta:
-            module.to(dtype)
+        if not layer.weight.is_meta:
+            layer.to(dtype)
