@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -39,7 +39,11 @@ class ImageTextDataset:
         name: of the dataset. Picture numbers of datasets with different names never meet; those with the same
         name
             (its splits and parts) share the numbers their files declare.
+
+    visual: the batch's key of what is seen; `_see` and `_picture` are what a dataset of other files replaces.
     """
+
+    visual: ClassVar[str] = "image"
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class ImageTextDataset:
         record, part = self._record(index)
         captions = self._raw_captions(record, part)
         return {
-            "image": read_image(self._path(record, part)),
+            "image": self._picture(self._path(record, part)),
             "text_input": captions[0],
             "captions": captions,
             "image_id": record.image_id,
@@ -82,11 +86,10 @@ class ImageTextDataset:
         """
         record, part = self._record(index)
         captions = self._raw_captions(record, part)
-        picture = read_image(self._path(record, part))
         with seeded(seed):
             caption = captions[int(torch.randint(len(captions), ()))]
             return {
-                "image": self.vis_processor(picture),
+                self.visual: self._see(self._path(record, part)),
                 "text_input": self.text_processor(caption),
                 "image_id": self._image_id(index, record),
                 "index": index,
@@ -95,7 +98,7 @@ class ImageTextDataset:
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """image float32[B, 3, H, W], text_input (B strings), image_id int64[B], index int64[B]."""
         return {
-            "image": torch.stack([sample["image"] for sample in samples]),
+            self.visual: torch.stack([sample[self.visual] for sample in samples]),
             "text_input": [sample["text_input"] for sample in samples],
             "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
             "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
@@ -112,11 +115,19 @@ class ImageTextDataset:
 
     def image(self, index: int) -> Image.Image:
         """The row's picture in RGB, unprocessed; raises UnreadableSample."""
-        return read_image(self.image_path(index))
+        return self._picture(self.image_path(index))
 
     def image_path(self, index: int) -> str:
         """Where the row's picture is."""
         return self._path(*self._record(index))
+
+    def _picture(self, path: str) -> Image.Image:
+        """What a person is shown of a file."""
+        return read_image(path)
+
+    def _see(self, path: str) -> Tensor:
+        """What a model is shown of a file."""
+        return self.vis_processor(read_image(path))
 
     def _record(self, index: int) -> tuple[Record, int]:
         if not -len(self) <= index < len(self):

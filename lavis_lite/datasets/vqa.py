@@ -9,7 +9,6 @@ import torch
 
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, seeded
-from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.readers import Asked
 from lavis_lite.datasets.records import Record
 
@@ -34,7 +33,7 @@ class QuestionDataset(ImageTextDataset):
         record, part = self._record(index)
         asked = self._asked(record, part)
         return {
-            "image": read_image(self._path(record, part)),
+            "image": self._picture(self._path(record, part)),
             "text_input": asked.text,
             "answers": asked.answers,
             "question_id": json.loads(asked.id),
@@ -51,12 +50,11 @@ class QuestionDataset(ImageTextDataset):
         """
         record, part = self._record(index)
         asked = self._asked(record, part)
-        picture = read_image(self._path(record, part))
         answers = [answer for answer in asked.answers if answer] or [""]
         with seeded(seed):
             answer = answers[int(torch.randint(len(answers), ()))]
             return {
-                "image": self.vis_processor(picture),
+                self.visual: self._see(self._path(record, part)),
                 "text_input": self.text_processor(asked.text),
                 "text_output": answer,
                 "question_id": json.loads(asked.id),
