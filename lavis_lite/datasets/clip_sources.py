@@ -42,17 +42,17 @@ class ClipSource(Source):
     def _msrvtt(self) -> Iterator[Row]:
         """MSR-VTT's `videos` (video_id, split, category) and `sentences` (video_id, caption)."""
         assert self.annotations is not None
-        path, content = self.annotations, load_json(self.annotations, lines_too=False)
-        sections = [content.get(name) if isinstance(content, dict) else None for name in ("videos", "sentences")]
-        if not all(isinstance(section, list) for section in sections):
-            raise DataError(f"{path}: no lists 'videos' and 'sentences', as MSR-VTT's videodatainfo.json has them")
+        path = self.annotations
+        videos, sentences = _lists_of(path, load_json(path, lines_too=False))
         captions: dict[Any, list[str]] = {}
-        for place, sentence in numbered(path, sections[1]):
-            number = need_field(path, f"sentences, {place}", sentence, "video_id")
+        for place, sentence in numbered(path, sentences):
+            place = f"sentences, {place}"
+            number = need_field(path, place, sentence, "video_id")
             captions.setdefault(number, []).append(str(need_field(path, place, sentence, "caption")).strip())
-        for place, video in numbered(path, sections[0]):
-            if is_selected(path, f"videos, {place}", video, self.select, self.where):
-                number = need_field(path, f"videos, {place}", video, "video_id")
+        for place, video in numbered(path, videos):
+            place = f"videos, {place}"
+            if is_selected(path, place, video, self.select, self.where):
+                number = need_field(path, place, video, "video_id")
                 yield self._row(number, captions.get(number, []))
 
     def _msvd(self) -> Iterator[Row]:
@@ -75,3 +75,14 @@ class ClipSource(Source):
                 f"'{CLIP_NAME}', say"
             ) from error
         return Row(name, captions, number, None if captions else f"{self.path}: clip {number} has no caption")
+
+
+def _lists_of(path: Path, content: Any) -> tuple[list[Any], list[Any]]:
+    videos, sentences = (
+        content.get(name) if isinstance(content, dict) else None for name in ("videos", "sentences")
+    )
+    if not isinstance(videos, list) or not isinstance(sentences, list):
+        raise DataError(
+            f"{path}: no lists 'videos' and 'sentences', as MSR-VTT's videodatainfo.json has them"
+        )
+    return videos, sentences

@@ -18,8 +18,8 @@ SHOWN = 4  # frames in the picture that stands for a clip
 class ClipDataset(ImageTextDataset):
     """Clips with one or more captions each; `vis_processor` takes a clip's path and gives float32[F, 3, H, W].
 
-    Rows and batches are those of `ImageTextDataset` with `video` float32[B, F, 3, H, W] in place of `image`. A clip that
-    can't be decoded is an unreadable row; one with fewer than F frames shows some of them repeatedly.
+    Rows and batches are those of `ImageTextDataset` with `video` float32[B, F, 3, H, W] in place of `image`. A clip
+    that can't be decoded is an unreadable row; one with fewer than F frames shows some of them repeatedly.
     """
 
     visual: ClassVar[str] = "video"

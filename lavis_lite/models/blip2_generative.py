@@ -322,7 +322,9 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         rules = DecodingRules(
             end_id=self.language_model.end_id, max_length=max_new_tokens, length_penalty=length_penalty
         )
-        samples = {"video": image} if image.dim() == 5 else {"image": image if image.dim() == 4 else image[None]}
+        samples = (
+            {"video": image} if image.dim() == 5 else {"image": image if image.dim() == 4 else image[None]}
+        )
         prompt = self.language_model.conversation(history, message)
         answer = self._continue(samples, Asked([prompt], [message]), rules, Search(num_beams)).texts[0]
         return answer, [*history, (message, answer)]

@@ -17,6 +17,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.processors import build_processor
 
 Sampling = Literal["uniform", "random", "headtail"]
+SAMPLINGS: tuple[Sampling, ...] = ("uniform", "random", "headtail")
 PathLike = str | os.PathLike[str]
 
 
@@ -53,7 +54,9 @@ class VideoProcessor:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         self.num_frames = num_frames
         self.sampling: Sampling = sampling
-        self.frames = build_processor({"name": "blip_image_eval"} if frames is None else frames, where="frames")
+        self.frames = build_processor(
+            {"name": "blip_image_eval"} if frames is None else frames, where="frames"
+        )
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
@@ -114,7 +117,9 @@ def frame_numbers(total: int, count: int, sampling: Sampling = "uniform") -> lis
         tail = _anywhere(middle, total, count - head) if total > 1 else [0] * (count - head)
         return _anywhere(0, middle, head) + tail
     place = torch.full((count,), 0.5) if sampling == "uniform" else torch.rand(count)
-    return [min(total - 1, int((part + within) * total / count)) for part, within in enumerate(place.tolist())]
+    return [
+        min(total - 1, int((part + within) * total / count)) for part, within in enumerate(place.tolist())
+    ]
 
 
 def _anywhere(first: int, end: int, count: int) -> list[int]:

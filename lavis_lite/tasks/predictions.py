@@ -35,8 +35,8 @@ def predict_rows(
     The rows are shared out over the ranks.
 
     Args:
-        loader_args: `EvalArgs`. say: one text a row, given {"image": float[B, 3, H, W]} or {"video": float[B, F, 3, H, W]}
-            on the device, and the batch.
+        loader_args: `EvalArgs`. say: one text a row, given {"image": float[B, 3, H, W]} or {"video":
+            float[B, F, 3, H, W]} on the device, and the batch.
     """
     loader = eval_loader(
         ChosenRows(dataset, rows, seed=0),

@@ -32,7 +32,9 @@ def avi(frames: Sequence[bytes], *, size: tuple[int, int], fps: int = 8) -> byte
     stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"MJPG", 0, 0, 0, 0, 1, fps, 0, len(frames), longest,
                          0xFFFFFFFF, 0, 0, 0, width, height)  # fmt: skip
     bitmap = struct.pack("<IIIHH4sIIIII", 40, width, height, 1, 24, b"MJPG", width * height * 3, 0, 0, 0, 0)
-    header = _list(b"hdrl", _chunk(b"avih", main) + _list(b"strl", _chunk(b"strh", stream) + _chunk(b"strf", bitmap)))
+    header = _list(
+        b"hdrl", _chunk(b"avih", main) + _list(b"strl", _chunk(b"strh", stream) + _chunk(b"strf", bitmap))
+    )
     chunks = [_chunk(b"00dc", frame) for frame in frames]
     entries, offset = [], 4  # offsets count from the list's name
     for frame, chunk in zip(frames, chunks, strict=True):

@@ -45,7 +45,7 @@ class ShapesVideoBuilder:
         self.name = name
         self.ratio = ratio
         self.spec = ClipSpec(train, val, test, image_size, questions_per_clip, seed)
-        sources = {
+        sources: dict[str, Any] = {
             split: {"annotations": f"annotations/{texts}_{split}.jsonl", "images": f"clips/{split}"}
             for split in SPLITS
             if self.spec.size(split)

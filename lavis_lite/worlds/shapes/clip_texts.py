@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lavis_lite.worlds.shapes.clips import Clip, Mover
+from lavis_lite.worlds.shapes.clips import Clip
 from lavis_lite.worlds.shapes.questions import Question
-from lavis_lite.worlds.shapes.scene import CELLS
+from lavis_lite.worlds.shapes.scene import CELLS, SceneObject
 from lavis_lite.worlds.shapes.words import PLACES, noun
 
 _Found = tuple[str, str]
@@ -21,16 +21,15 @@ def clip_captions(clip: Clip) -> list[str]:
     """Two captions that tell both ways: from each object's beginning to its end, and quarter by quarter."""
     early, late = clip.movers
     return [
-        f"{_way(early, 'one')} and {_way(late, 'three')}",
-        f"in picture one there is {noun(early.first)} {PLACES[early.first.cell]}, in picture four there is "
-        f"{noun(early.last)} {PLACES[early.last.cell]} and {noun(late.last)} {PLACES[late.last.cell]}",
+        f"{_told(early.first)} in picture one, {PLACES[early.last.cell]} in picture four and in picture three "
+        f"{noun(late.first)}, {PLACES[late.last.cell]} in picture four",
+        f"in picture one there is {_told(early.first)}, in picture four there is {_told(early.last)} and "
+        f"{_told(late.last)}",
     ]
 
 
-def _way(mover: Mover, since: str) -> str:
-    if since == "one":
-        return f"{noun(mover.first)} {PLACES[mover.first.cell]} in picture one, {PLACES[mover.last.cell]} in picture four"
-    return f"in picture {since} {noun(mover.first)}, {PLACES[mover.last.cell]} in picture four"
+def _told(item: SceneObject) -> str:
+    return f"{noun(item)} {PLACES[item.cell]}"
 
 
 def clip_questions(clip: Clip, *, count: int = 4) -> list[Question]:

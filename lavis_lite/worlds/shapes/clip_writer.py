@@ -38,13 +38,17 @@ class ClipSpec:
 
     def __post_init__(self) -> None:
         bounds = {
-            **dict.fromkeys(SPLITS, (0, ID_STRIDE // 100)),
+            "train": (0, ID_STRIDE // 100),
+            "val": (0, ID_STRIDE // 100),
+            "test": (0, ID_STRIDE // 100),
             "image_size": (16, 1024),
             "questions_per_clip": (1, len(CLIP_TYPES)),
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"shapes_video: {name} must be from {low} to {high}, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"shapes_video: {name} must be from {low} to {high}, got {getattr(self, name)}"
+                )
 
     @property
     def folder(self) -> Path:
@@ -54,7 +58,8 @@ class ClipSpec:
 
     def size(self, split: Split) -> int:
         """Clips in a split."""
-        return {"train": self.train, "val": self.val, "test": self.test}[split]
+        sizes: dict[Split, int] = {"train": self.train, "val": self.val, "test": self.test}
+        return sizes[split]
 
 
 def write_clips(spec: ClipSpec) -> Path:
@@ -81,7 +86,9 @@ def _write_split(spec: ClipSpec, split: Split, root: Path) -> None:
         name, number = f"{index:06d}.avi", SPLITS.index(split) * ID_STRIDE + index
         (root / "clips" / split / name).write_bytes(draw_clip(clip, size=spec.image_size))
         captions.append({"video": name, "video_id": number, "captions": clip_captions(clip)})
-        questions += [{"video": name, "video_id": number, **row} for row in _questions(spec, split, number, clip)]
+        questions += [
+            {"video": name, "video_id": number, **row} for row in _questions(spec, split, number, clip)
+        ]
     for kind, rows in (("captions", captions), ("questions", questions)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (root / "annotations" / f"{kind}_{split}.jsonl").write_text(lines, encoding="utf-8")

@@ -70,7 +70,10 @@ class Clip:
     @property
     def key(self) -> str:
         """What the words can say about it; clips with equal keys always belong to the same split."""
-        ways = [f"{m.first.size} {m.first.colour} {m.first.shape} {m.first.cell} {m.last.cell}" for m in self.movers]
+        ways = [
+            f"{m.first.size} {m.first.colour} {m.first.shape} {m.first.cell} {m.last.cell}"
+            for m in self.movers
+        ]
         return "; ".join([self.background, *ways])
 
     @property
