@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,10 @@ from lavis_lite.processors import build_processor
 Sampling = Literal["uniform", "random", "headtail"]
 SAMPLINGS: tuple[Sampling, ...] = ("uniform", "random", "headtail")
 PathLike = str | os.PathLike[str]
+# Of files that a folder of clips is searched for.
+SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+)
 
 
 class UnreadableClip(Exception):
@@ -62,6 +66,13 @@ class VideoProcessor:
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
         """The processor with the keywords of a mapping; None gives the defaults."""
         return cls(**dict(cfg or {}))
+
+    @classmethod
+    def around(cls, frames: Callable[[Image.Image], Tensor], num_frames: int) -> Self:
+        """Evenly spaced frames through an image processor that is there already, such as a model's own."""
+        processor = cls(num_frames)
+        processor.frames = frames
+        return processor
 
     def __call__(self, clip: PathLike) -> Tensor:
         return self.process(read_frames(clip, self.num_frames, self.sampling))
