@@ -33,7 +33,6 @@ FRAMES = 15  # odd: one frame is the middle
 FPS = 8
 REST = 0.25  # share of the time before and after the movement
 APPEARS = 6  # the first frame with the second object
-QUARTERS = ("one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
