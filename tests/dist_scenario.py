@@ -103,4 +103,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with dist.ending_process():
+        main(Path(sys.argv[1]))

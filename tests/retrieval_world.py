@@ -89,7 +89,7 @@ class Matcher(nn.Module):
         self.words = nn.Embedding(41, 8)
         self.match = nn.Linear(12 + 8, 2)
         self.dropout = nn.Dropout(0.5)
-        self.images_seen = self.texts_seen = self.pairs_seen = 0
+        self.images_seen = self.texts_seen = self.texts_projected = self.pairs_seen = 0
         self.batches: list[list[str]] = []
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -116,9 +116,14 @@ class Matcher(nn.Module):
         self.texts_seen += len(tokens.input_ids)
         return nn.functional.normalize(self._mean(tokens), dim=-1)
 
-    def match_logits(self, image_kv: Tensor, tokens: Tokens) -> Tensor:
-        self.pairs_seen += len(tokens.input_ids)
-        return self.match(torch.cat([image_kv, self._mean(tokens).expand(len(image_kv), -1)], dim=1)) * 3
+    def project_text(self, tokens: Tokens) -> Tokens:
+        self.texts_projected += len(tokens.input_ids)
+        return tokens
+
+    def match_logits(self, images: list[tuple[Tensor, int]], texts: Tokens) -> Tensor:
+        self.pairs_seen += len(texts.input_ids)
+        image_kv = torch.cat([kv.repeat_interleave(each, dim=0) for kv, each in images])
+        return self.match(torch.cat([image_kv, self._mean(texts)], dim=1)) * 3
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         self.batches.append(samples["text_input"])
@@ -141,7 +146,7 @@ def slow_retrieval(model: Matcher, data: Pictures, k: int, form: str) -> dict[st
             for number, (_, text) in enumerate(pairs):
                 tokens = model.tokenize([text])
                 s = float((model.query_features(image_embeds)[0] @ model.text_features(tokens)[0]).max())
-                no, yes = model.match_logits(kv, tokens)[0].tolist()
+                no, yes = model.match_logits([(kv, 1)], tokens)[0].tolist()
                 cosine[row, number] = s
                 second[row, number] = {"itm": yes - no, "sum": yes - no + s / 0.1, "lavis": yes + s}[form]
     metrics: dict[str, float] = {}

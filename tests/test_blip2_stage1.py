@@ -127,6 +127,18 @@ def test_losses_and_gradients_equal_the_slow_ones(
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_generation_can_be_left_out_of_the_sum(tokenizer: str) -> None:
+    model = tiny_model(tokenizer, itg_weight=0.0).train()
+    found = model(tiny_samples())
+    found["loss"].backward()
+    assert found["loss"].item() == pytest.approx(
+        found["loss_itc"].item() + found["loss_itm"].item(), abs=1e-6
+    )
+    assert found["loss_itg"] > 0
+    head = model.Qformer.cls["predictions"]
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
 def test_an_untrained_model_starts_at_chance(tmp_path: Path) -> None:
     words = [f"w{i}" for i in range(995)]
     config = tiny_config(write_tokenizer(tmp_path, words), max_txt_len=20, qformer={"hidden_size": 64})

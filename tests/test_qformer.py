@@ -13,7 +13,8 @@ from torch import Tensor
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.models.convert.formats import our_names
-from lavis_lite.models.qformer import QFormer, QFormerConfig, RealTokens
+from lavis_lite.models.qformer import QFormer, QFormerConfig
+from lavis_lite.models.qformer_states import RealTokens
 from lavis_lite.models.tokenizer import TextTokens
 
 Q, T, VOCAB, IMAGE_WIDTH = 2, 3, 11, 6
@@ -135,6 +136,20 @@ def test_one_image_serves_many_texts_like_its_copies() -> None:
     torch.testing.assert_close(groups, copied, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match="3 images can't serve 4 texts"):
         qformer.encode_pairs(queries, [(image_kv, 1), (image_kv[:1], 1)], tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_a_text_begun_once_serves_many_images(num_layers: int) -> None:
+    qformer = small_qformer(num_layers)
+    queries = torch.randn(1, Q, 16)
+    image_kv = qformer.project_image(torch.randn(3, 4, IMAGE_WIDTH))
+    tokens = tokens_of([2, 5, 3], [2, 6, 7, 3])
+    rows = torch.tensor([1, 0, 1])
+    begun = qformer.begin_pairs(queries, tokens)[rows]
+    afresh = qformer.encode_pairs(queries, image_kv, tokens[rows])
+    torch.testing.assert_close(qformer.encode_pairs(queries, image_kv, begun), afresh, rtol=0, atol=2e-6)
+    assert (afresh[0] - afresh[2]).abs().max() > 1e-3  # the images differ, not only the texts
 
 
 @torch.no_grad()

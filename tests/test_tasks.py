@@ -13,6 +13,7 @@ import torch
 
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.registry import registry
+from lavis_lite.tasks import feature_spool, rerank
 from lavis_lite.tasks.base import BaseTask, EvalArgs, RunFacts
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.rerank import pair_scores
@@ -72,6 +73,20 @@ def test_everything_is_computed_once() -> None:
     union |= {(int(i), t) for t in range(similarity.shape[1]) for i in similarity[:, t].topk(5).indices}
     texts = sum(len(captions) for captions in data.texts)
     assert (model.images_seen, model.texts_seen, model.pairs_seen) == (23, texts, len(union))
+
+
+@pytest.mark.parametrize(("images", "texts", "pairs"), [(1, 7, 3), (24, 1 << 20, 64), (1 << 20, 1, 2)])
+def test_blocks_of_images_texts_and_pairs_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, images: int, texts: int, pairs: int
+) -> None:
+    whole = evaluate(Pictures(), Matcher(), k_test=5).metrics
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * images)
+    monkeypatch.setattr(rerank, "TEXT_BLOCK", texts)
+    monkeypatch.setattr(rerank, "MAX_PAIRS", pairs)
+    monkeypatch.setattr(feature_spool, "MEMORY_LIMIT", 0)
+    model = Matcher()
+    assert evaluate(Pictures(), model, k_test=5).metrics == pytest.approx(whole, abs=1e-6)
+    assert model.texts_projected <= model.pairs_seen
 
 
 def test_result_depends_neither_on_batch_size_nor_on_what_was_drawn_before() -> None:

@@ -18,7 +18,9 @@ def train_main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> 
     """Train what a configuration describes, then evaluate and report."""
     parser = argparse.ArgumentParser(prog=prog, description=train_main.__doc__)
     args = _add_run_arguments(parser).parse_args(argv)
-    with one_line_errors(debug=args.debug):
+    from lavis_lite.common import dist
+
+    with dist.ending_process(), one_line_errors(debug=args.debug):
         config = _load_config(args)
         registry.get_runner_class(config.run.runner)(config).train()
 
@@ -27,7 +29,9 @@ def evaluate_main(argv: Sequence[str] | None = None, *, prog: str = "evaluate.py
     """Evaluate a checkpoint on the test splits: model.pretrained, or the best of the run's own."""
     parser = argparse.ArgumentParser(prog=prog, description=evaluate_main.__doc__)
     args = _add_run_arguments(parser).parse_args(argv)
-    with one_line_errors(debug=args.debug):
+    from lavis_lite.common import dist
+
+    with dist.ending_process(), one_line_errors(debug=args.debug):
         config = _load_config(args)
         registry.get_runner_class(config.run.runner)(config).evaluate()
 

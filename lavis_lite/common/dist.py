@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def init() -> None:
     Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than 30 minutes
     for another fails, and torchrun then ends the others.
     """
-    if torch_dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if torch_dist.is_initialized() or not _is_one_of_several():
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -44,6 +45,32 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ending_process() -> Iterator[None]:
+    """Around all that a program does: one of several processes then ends without taking its interpreter down.
+
+    Gloo's threads outlive the process group when DDP's reducer was on it. One that frees a tensor while the
+    interpreter goes down asks for a lock it will never get, and the process aborts with "terminate called without
+    an active exception", exit code -6, though its work is done: nearly always when gloo's threads run at idle
+    priority, now and then on a busy machine. Exit codes stay, output is flushed, exceptions but SystemExit pass.
+    """
+    status = 0
+    try:
+        yield
+    except SystemExit as ending:
+        if not _is_one_of_several() or not (ending.code is None or isinstance(ending.code, int)):
+            raise
+        status = ending.code or 0
+    if _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:

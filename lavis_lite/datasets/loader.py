@@ -197,7 +197,7 @@ class TrainLoader:
         """Reads that failed in this process; a file that is met again in a later epoch counts again."""
         return self.counter.bad
 
-    def batches(self, start_batch: int = 0) -> Iterator[dict[str, Any]]:
+    def batches(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """This rank's part of every global batch from number `start_batch` on, endlessly.
 
         Raises DataError when too many rows can't be read. Closing the iterator ends its workers, and so does the

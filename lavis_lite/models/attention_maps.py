@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_lite.models.qformer import ImageKV, QFormer
+from lavis_lite.models.qformer import QFormer
+from lavis_lite.models.qformer_states import ImageKV
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lavis_lite.models.attention_maps import as_grid, cross_attention
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.convert.bert import load_bert
-from lavis_lite.models.qformer import ImageKV, QFormer, QFormerConfig, QueryStates
+from lavis_lite.models.qformer import QFormer, QFormerConfig
+from lavis_lite.models.qformer_states import ImageKV, QueryStates
 from lavis_lite.models.tokenizer import TextTokenizer, TextTokens
 from lavis_lite.models.vision.tower import build_vision_tower
 

@@ -22,8 +22,9 @@ from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
-from lavis_lite.models.qformer import ImageKV, QFormerConfig, QueryStates, Shares
+from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.qformer_decoder import QFormerDecoder
+from lavis_lite.models.qformer_states import ImageKV, PairStart, QueryStates, Shares
 from lavis_lite.models.tokenizer import TextTokens
 from lavis_lite.models.vision.tower import validate_vision_config
 from lavis_lite.samples import complete_samples, image_of
@@ -78,6 +79,8 @@ class Blip2QFormer(Blip2Base):
         itc_gather_with_grad: let the ITC gradient flow to other ranks' features; false detaches everything
             gathered, as LAVIS does even on one process, where it halves the gradient.
         num_hard_negatives: K images per text and K texts per image in ITM.
+        itg_weight: of ITG in the sum of losses; 0 for learning without it (the paper's table 6). The loss is measured
+            all the same.
     """
 
     presets: ClassVar[str] = "blip2"
@@ -94,6 +97,7 @@ class Blip2QFormer(Blip2Base):
         temperature: float = 0.07,
         itc_gather_with_grad: bool = True,
         num_hard_negatives: int = 1,
+        itg_weight: float = 1.0,
     ) -> None:
         config = qformer or QFormerConfig()
         super().__init__(
@@ -102,6 +106,7 @@ class Blip2QFormer(Blip2Base):
         self.label_smoothing = label_smoothing
         self.itc_gather_with_grad = itc_gather_with_grad
         self.num_hard_negatives = num_hard_negatives
+        self.itg_weight = itg_weight
         width = config.hidden_size
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
@@ -120,6 +125,7 @@ class Blip2QFormer(Blip2Base):
             "num_hard_negatives": (1, None, ""),
             "embed_dim": (1, None, ""),
             "label_smoothing": (0, 1, ""),
+            "itg_weight": (0, None, ""),
             "temperature": (*TEMPERATURE_RANGE, ""),
         }
         for key, (low, high, origin) in limits.items():
@@ -139,8 +145,8 @@ class Blip2QFormer(Blip2Base):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The three losses of a batch of pairs and their sum.
 
-        Returns: loss = loss_itc + loss_itm + loss_itg, and itm_acc, all scalars. In training, contrast and
-        negatives are over the pairs of all ranks; in evaluation over this rank's batch.
+        Returns: loss = loss_itc + loss_itm + itg_weight * loss_itg, the three losses and itm_acc, all scalars. In
+        training, contrast and negatives are over the pairs of all ranks; in evaluation over this rank's batch.
         """
         batch = complete_samples(samples)
         tokens = self.Qformer.look_up(self.tokenize(batch["text_input"]), dec_id=self.tokenizer.dec_id)
@@ -155,7 +161,7 @@ class Blip2QFormer(Blip2Base):
         loss_itm, itm_acc = self._match(image_embeds, image_kv, tokens, contrast)
         loss_itg = self._generate_loss(queries, tokens)
         return {
-            "loss": loss_itc + loss_itm + loss_itg,
+            "loss": loss_itc + loss_itm + self.itg_weight * loss_itg,
             "loss_itc": loss_itc.detach(),
             "loss_itm": loss_itm.detach(),
             "loss_itg": loss_itg.detach(),
@@ -247,14 +253,19 @@ class Blip2QFormer(Blip2Base):
         """A text's projected [CLS] [B, E], L2-normalised."""
         return normalize(self.text_proj(self.Qformer.encode_text(tokens, read="first")).float(), dim=-1)
 
-    def match_logits(self, images: ImageKV | Tensor | Shares, tokens: TextTokens) -> Tensor:
+    def project_text(self, tokens: TextTokens) -> PairStart:
+        """What `match_logits` reads of texts before any image, computed once for all images they are paired with."""
+        return self.Qformer.begin_pairs(self.query_tokens, tokens)
+
+    def match_logits(self, images: ImageKV | Tensor | Shares, texts: TextTokens | PairStart) -> Tensor:
         """ITM logits [B, 2] (no match, match), averaged over the queries.
 
         Args:
             images: one image per text, or I images of which each serves B/I texts in a row (one: all
                 texts), or groups of such, projected or not, see `QFormer.encode_pairs`.
+            texts: tokens, or what `project_text` made of them.
         """
-        paired = self.Qformer.encode_pairs(self.query_tokens, images, tokens)
+        paired = self.Qformer.encode_pairs(self.query_tokens, images, texts)
         # The head is affine: the mean of its logits is that of its inputs.
         return self.itm_head(paired.mean(1))
 

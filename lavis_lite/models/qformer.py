@@ -20,12 +20,13 @@ From which follows the arrangement below, none of which changes a result:
   values of its self-attention, ITG. Text doesn't see queries under the first: `encode_text` without a prefix.
 - Padding is never an input of a dense layer: text is kept as its N real tokens, spread out only for
   attention.
+- Under the second mask too nothing has seen the image before the first cross-attention, and text before the second
+  block: `begin_pairs` serves all images that a text is paired with.
 - In the last block only the rows that somebody reads go beyond their keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -35,11 +36,18 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear
 
 from lavis_lite.common.errors import ConfigError
-from lavis_lite.models.qformer_layers import EPS, Attention, QFormerLayer
-from lavis_lite.models.rows import take_rows
+from lavis_lite.models.qformer_layers import EPS, QFormerLayer
+from lavis_lite.models.qformer_states import (
+    ImageFeatures,
+    ImageKV,
+    KeysValues,
+    PairStart,
+    QueryStates,
+    RealTokens,
+    Shares,
+    rounded,
+)
 from lavis_lite.models.tokenizer import TextTokens
-
-KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,108 +81,6 @@ class QFormerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.qformer.dropout: must be in [0, 1), got {self.dropout}")
-
-
-@dataclass(frozen=True)
-class ImageKV:
-    """The keys and values of I images for every cross-attention block.
-
-    layers: one entry per block, (keys, values) float[I, P, D] or None where the block doesn't look at the
-        image.
-    """
-
-    layers: tuple[KeysValues | None, ...]
-
-    def __len__(self) -> int:
-        return next(kv[0].shape[0] for kv in self.layers if kv is not None)
-
-    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> ImageKV:
-        """The chosen images, in that order, repeated where an index is."""
-        return ImageKV(tuple(kv and (take_rows(kv[0], rows), take_rows(kv[1], rows)) for kv in self.layers))
-
-    def looks(self, layer: int, each: int = 1) -> list[tuple[Tensor, Tensor, int]]:
-        """What a block sees when `each` rows in a row look at every image; nothing without cross-attention."""
-        kv = self.layers[layer]
-        return [] if kv is None else [(*kv, each)]
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Images that are looked at once: a block's keys and values are made when it asks for them and not kept.
-
-    For 16 images at full size those of all blocks would be 150 MB, and to get so much fresh memory took 4% of greedy
-    generation's time (benchmarks/generate.py).
-
-    embeds: float[I, P, C]. attentions: of every block the one that looks at the image, or None.
-    """
-
-    embeds: Tensor
-    attentions: tuple[Attention | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def looks(self, layer: int, each: int = 1) -> list[tuple[Tensor, Tensor, int]]:
-        """See `ImageKV.looks`."""
-        attention = self.attentions[layer]
-        return [] if attention is None else [(*attention.keys_values(self.embeds), each)]
-
-
-# Groups of images, each with how many rows one after the other look at an image of it.
-Shares = Sequence[tuple[ImageKV, int]]
-
-
-@dataclass(frozen=True)
-class QueryStates:
-    """Queries that have seen images and no text.
-
-    output: float[B, Q, D]. keys_values: of the self-attention of every block, float[B or 1, Q, D] each.
-    """
-
-    output: Tensor
-    keys_values: tuple[KeysValues, ...]
-
-
-class RealTokens:
-    """Which places of a padded batch [B, T] hold tokens, and the way between the two arrangements.
-
-    Packed tokens are followed by up to 3% of fill, copies of the first one that nothing reads: kernels made for a
-    number of rows can then be used again. With a number of its own in every batch oneDNN made new ones at each step.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.shape = mask.shape
-        places = mask.flatten().nonzero().squeeze(1)
-        self.count = places.numel()
-        fill = _rounded(self.count) - self.count
-        # A batch without padding needs no moving about.
-        self.places = None if self.count == mask.numel() else F.pad(places, (0, fill))
-        self.mask = None if self.places is None else mask
-        self.first = (mask.sum(1).cumsum(0) - mask.sum(1)) if self.places is not None else None
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [N + fill, ...], row after row."""
-        x = x.flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[N + fill, D] -> [B, T, D] with zeros at padding."""
-        if self.places is not None:
-            places = self.places[: self.count]
-            x = x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, places, x[: self.count])
-        return x.unflatten(0, self.shape)
-
-    def first_of_rows(self, x: Tensor) -> Tensor:
-        """[N + fill, D] -> [B, D], the first token of every row ([CLS])."""
-        if self.first is None:
-            return x.unflatten(0, self.shape)[:, 0]
-        return x.index_select(0, self.first)
-
-
-def _rounded(count: int) -> int:
-    """The next of 32 sizes between powers of two."""
-    step = 1 << max(0, count.bit_length() - 6)
-    return -(-count // step) * step
 
 
 class TextEmbeddings(nn.Module):
@@ -264,7 +170,7 @@ class QFormer(nn.Module):
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [N, V] of text states [N, D]."""
         count = hidden.shape[0]
-        filled = F.pad(hidden, (0, 0, 0, _rounded(count) - count))  # see `RealTokens`
+        filled = F.pad(hidden, (0, 0, 0, rounded(count) - count))  # see `RealTokens`
         logits: Tensor = self.cls["predictions"](filled, self.embeddings.word_embeddings.weight)
         return logits[:count]
 
@@ -339,8 +245,14 @@ class QFormer(nn.Module):
             hidden = layer.finish_text(attended, hidden)
         return hidden if read == "first" else hidden[: real.count]
 
+    def begin_pairs(self, query_tokens: Tensor, tokens: TextTokens) -> PairStart:
+        """Queries [1, Q, D] and texts up to the first look at an image, for all images they are to be paired with."""
+        real = RealTokens(tokens.attention_mask)
+        queries, text = self._begin_pairs(query_tokens, tokens, real)
+        return PairStart(queries, real.spread(text), tokens.attention_mask)
+
     def encode_pairs(
-        self, query_tokens: Tensor, images: ImageKV | Tensor | Shares, tokens: TextTokens
+        self, query_tokens: Tensor, images: ImageKV | Tensor | Shares, texts: TextTokens | PairStart
     ) -> Tensor:
         """Queries and text that all see each other (bidirectional mask).
 
@@ -349,39 +261,63 @@ class QFormer(nn.Module):
             images: I images for B texts, B a multiple of I: each image serves B/I texts in a row; projected, or
                 float[I, P, C] where nothing else will look at them. Or several groups of projected ones, one after
                 the other, each with how many texts an image of it serves.
+            texts: B of them, or what `begin_pairs` made of them with the same queries.
 
         Returns: the queries' states [B, Q, D].
 
         Raises ValueError when the images don't serve B texts.
         """
-        rows, num_query = len(tokens), query_tokens.shape[1]
-        shares: Sequence[tuple[ImageKV | ImageFeatures, int]]
+        shares = self._shares(images, len(texts))
+        real = RealTokens(texts.attention_mask)
+        if isinstance(texts, PairStart):
+            queries, text = texts.queries, real.pack(texts.text)
+        else:
+            queries, text = self._begin_pairs(query_tokens, texts, real)
+        mask = _pair_mask(real, query_tokens.shape[1])
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                queries, text = self._meet(index, queries, text, real, mask)
+            queries = layer.look(queries, [look for kv, each in shares for look in kv.looks(index, each)])
+        return queries
+
+    def _shares(self, images: ImageKV | Tensor | Shares, rows: int) -> Shares:
         if isinstance(images, (ImageKV, Tensor)):
             seen = self._features(images) if isinstance(images, Tensor) else images
-            shares = [(seen, rows // len(seen))]
-        else:
-            shares = images
-        if sum(len(kv) * each for kv, each in shares) != rows:
-            count = sum(len(kv) for kv, _ in shares)
+            images = [(seen, rows // len(seen))]
+        if sum(len(kv) * each for kv, each in images) != rows:
+            count = sum(len(kv) for kv, _ in images)
             raise ValueError(f"{count} images can't serve {rows} texts: give as many, or a multiple")
-        real = RealTokens(tokens.attention_mask)
-        queries, text = self._embed_queries(query_tokens, rows), self._embed_text(tokens, real)
-        mask = None
-        if real.mask is not None:
-            mask = torch.cat([real.mask.new_ones(rows, num_query), real.mask], 1)[:, None, None]
-        for index, layer in enumerate(self.layers):
-            attention = layer.attention
-            looks = [look for kv, each in shares for look in kv.looks(index, each)]
-            spread = tuple(real.spread(x) for x in attention.keys_values(text))
-            key, value = _behind(attention.keys_values(queries), (spread[0], spread[1]))
-            query = attention.query(queries).expand(rows, -1, -1)
-            if layer is self.layers[-1]:
-                return layer.finish_queries(attention.attend(query, key, value, mask), queries, looks)
-            query = torch.cat([query, real.spread(attention.query(text))], 1)
-            attended = attention.attend(query, key, value, mask)
-            queries = layer.finish_queries(attended[:, :num_query], queries, looks)
-            text = layer.finish_text(real.pack(attended[:, num_query:]), text)
-        raise AssertionError("unreachable: a Q-Former has at least one block")
+        return images
+
+    def _begin_pairs(
+        self, query_tokens: Tensor, tokens: TextTokens, real: RealTokens
+    ) -> tuple[Tensor, Tensor]:
+        queries = self._embed_queries(query_tokens, len(tokens))
+        mask = _pair_mask(real, queries.shape[1])
+        return self._meet(0, queries, self._embed_text(tokens, real), real, mask)
+
+    def _meet(
+        self, index: int, queries: Tensor, text: Tensor, real: RealTokens, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and text through a block's self-attention, and text through what follows.
+
+        Args:
+            queries: [B, Q, D], or [1, Q, D] while all rows are the same. text: [N + fill, D].
+
+        Returns: the queries before the block's cross-attention [B, Q, D], and the text after the block; in the last
+            block, where nobody reads it any more, as it was.
+        """
+        layer, rows, num_query = self.layers[index], real.shape[0], queries.shape[1]
+        attention = layer.attention
+        spread = tuple(real.spread(x) for x in attention.keys_values(text))
+        key, value = _behind(attention.keys_values(queries), (spread[0], spread[1]))
+        query = attention.query(queries).expand(rows, -1, -1)
+        if layer is self.layers[-1]:
+            return attention.output(attention.attend(query, key, value, mask), queries), text
+        query = torch.cat([query, real.spread(attention.query(text))], 1)
+        attended = attention.attend(query, key, value, mask)
+        text = layer.finish_text(real.pack(attended[:, num_query:]), text)
+        return attention.output(attended[:, :num_query], queries), text
 
     def _embed_queries(self, query_tokens: Tensor, rows: int) -> Tensor:
         # Without dropout all rows are the same until they see image or text: one row stands for them.
@@ -404,6 +340,13 @@ def _behind(first: KeysValues, second: KeysValues) -> KeysValues:
     rows = second[0].shape[0]
     joined = [torch.cat([a.expand(rows, -1, -1), b], 1) for a, b in zip(first, second, strict=True)]
     return joined[0], joined[1]
+
+
+def _pair_mask(real: RealTokens, num_query: int) -> Tensor | None:
+    """All may look at the queries and at real tokens; None = everything."""
+    if real.mask is None:
+        return None
+    return torch.cat([real.mask.new_ones(real.shape[0], num_query), real.mask], 1)[:, None, None]
 
 
 def _text_mask(real: RealTokens, prefix: QueryStates | None, device: torch.device) -> Tensor | None:

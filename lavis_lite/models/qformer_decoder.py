@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lavis_lite.models.qformer import KeysValues, QFormer, QueryStates
+from lavis_lite.models.qformer import QFormer
+from lavis_lite.models.qformer_states import KeysValues, QueryStates
 
 
 class QFormerDecoder:

@@ -101,13 +101,16 @@ class QFormerLayer(nn.Module):
         return self.output(self.intermediate(hidden), hidden)
 
     def finish_queries(self, attended: Tensor, hidden: Tensor, images: Looks) -> Tensor:
-        """What follows self-attention for queries: both [B or 1, Q, D] -> [B or 1, Q, D].
+        """What follows self-attention for queries: both [B or 1, Q, D] -> [B or 1, Q, D]; `images` as in `look`."""
+        return self.look(self.attention.output(attended, hidden), images)
+
+    def look(self, hidden: Tensor, images: Looks) -> Tensor:
+        """What follows the queries' self-attention, which no image has a part in: [B or 1, Q, D] -> the same.
 
         Args:
             images: what this block's cross-attention looks at; empty where it has none. The rows of an image have
                 their queries laid side by side rather than the image repeated.
         """
-        hidden = self.attention.output(attended, hidden)
         if self.crossattention is not None:
             assert images, "a block with cross-attention needs the image's keys and values"
             hidden = self._look_at_images(hidden, images)

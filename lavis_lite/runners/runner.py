@@ -77,6 +77,7 @@ class Runner:
                         self.validate()
                     if self._save_is_due():
                         self.save()
+                batches.close()
             self._finish()
         # Not after an error: other ranks may be waiting in a collective, and end because this one does.
         dist.shutdown()

@@ -5,6 +5,7 @@ Legend: N images, M texts, Q queries, P image tokens, D the encoder's width, E p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.errors import DataError
 from lavis_lite.datasets.loader import eval_loader
+from lavis_lite.tasks.feature_spool import FeatureSpool
 
 # Numbers of the similarity block [images, M, Q] held at a time: 64 MB in fp32.
 SIMILARITY_BLOCK = 1 << 24
@@ -40,8 +42,11 @@ class MatchingModel(Protocol):
     def text_features(self, tokens: Any) -> Tensor:
         """[B, E], normalised."""
 
-    def match_logits(self, image_kv: Any, tokens: Any) -> Tensor:
-        """[B, 2] of pairs; one image serves all texts."""
+    def project_text(self, tokens: Any) -> Any:
+        """What matching reads of texts and owes to no image, computed once; indexed by rows."""
+
+    def match_logits(self, images: Sequence[tuple[Any, int]], texts: Any) -> Tensor:
+        """[B, 2] of pairs: groups of projected images, each with how many of the projected texts every one serves."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class Gallery:
     Rows with equal image_id are one image with all their captions.
 
     rows: the dataset's (first) row of each of the N images. texts: M captions. image_of_text: int64[M],
-    positions in `rows`. similarity: float[N, M], the largest cosine over the queries. mine: positions of the
-    images this rank encoded; embeds: their features [len(mine), P, D], in host memory.
+    positions in `rows`. similarity: float[N, M], the largest cosine over the queries.
+    mine: for every row of `embeds` the position of its image, -1 where another row shows the same image.
+    embeds: the features [P, D] of the images that this rank encoded.
     unreadable: rows left out with their captions.
     """
 
@@ -63,7 +69,7 @@ class Gallery:
     tokens: Any
     text_lengths: Tensor
     mine: Tensor
-    embeds: Tensor
+    embeds: FeatureSpool
     unreadable: int
 
 
@@ -93,27 +99,30 @@ def encode_gallery(model: MatchingModel, dataset: Any, loader_args: Any) -> Gall
     tokens = model.tokenize(texts)
     text_lengths = tokens.attention_mask.sum(dim=1).cpu()
     text_feats = _encode_texts(model, tokens, text_lengths, loader_args)
-    kept = torch.tensor([first_row[picture] == row for row, picture in my_rows.items()], dtype=torch.bool)
-    mine = torch.tensor([position[picture] for picture in my_rows.values()], dtype=torch.long)[kept]
+    mine = torch.tensor(
+        [position[picture] if first_row[picture] == row else -1 for row, picture in my_rows.items()],
+        dtype=torch.long,
+    )
+    kept = mine >= 0
     return Gallery(
         rows=rows,
         texts=texts,
         image_of_text=torch.tensor([number for number, _ in captions], dtype=torch.long),
-        similarity=_gather_rows(mine, _similarity(queries[kept], text_feats), len(rows)),
+        similarity=_gather_rows(mine[kept], _similarity(queries[kept], text_feats), len(rows)),
         tokens=tokens,
         text_lengths=text_lengths,
         mine=mine,
-        embeds=embeds[kept],
+        embeds=embeds,
         unreadable=len(dataset) - len(picture_of_row),
     )
 
 
 def _encode_images(
     model: MatchingModel, dataset: Any, loader_args: Any
-) -> tuple[dict[int, int], Tensor, Tensor]:
-    """This rank's rows with the id of their picture, features [n, P, D] on the host, queries [n, Q, E]."""
+) -> tuple[dict[int, int], FeatureSpool, Tensor]:
+    """This rank's rows with the id of their picture, features [n, P, D], queries [n, Q, E]."""
     rows: dict[int, int] = {}
-    embeds, queries = [], []
+    embeds, queries = FeatureSpool(loader_args.folder), []
     loader = eval_loader(
         dataset,
         batch_size=loader_args.batch_size,
@@ -127,10 +136,8 @@ def _encode_images(
             image_embeds = model.encode_image(batch["image"].to(loader_args.device, non_blocking=True))
             queries.append(model.query_features(image_embeds).float())
         rows.update(zip(batch["index"].tolist(), batch["image_id"].tolist(), strict=True))
-        embeds.append(image_embeds.to("cpu", loader_args.storage_dtype))
-    if not rows:
-        return rows, torch.empty(0, 1, 1), torch.empty(0, 1, 1)  # more ranks than images
-    return rows, torch.cat(embeds), torch.cat(queries)
+        embeds.append(image_embeds.to(loader_args.storage_dtype))
+    return rows, embeds, torch.cat(queries) if queries else torch.empty(0, 1, 1)  # more ranks than images
 
 
 def _encode_texts(model: MatchingModel, tokens: Any, lengths: Tensor, loader_args: Any) -> Tensor:

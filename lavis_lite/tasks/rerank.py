@@ -15,6 +15,7 @@ ITC and t its temperature:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,9 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.tasks.gallery import Gallery, MatchingModel, texts_at
 
-# Numbers of image features read by one batch of pairs, and kept projected at a time.
-PAIR_BLOCK = 1 << 22
+# Numbers of image features kept projected at a time, pairs whose texts are, and pairs in a batch.
 IMAGE_BLOCK = 1 << 24
+TEXT_BLOCK = 1024
 MAX_PAIRS = 256
 
 
@@ -47,7 +48,8 @@ class Matches:
 def match_candidates(model: MatchingModel, gallery: Gallery, k: int, loader_args: Any) -> Matches:
     """The first k candidates of every image and every text (all, where there are fewer), scored as pairs.
 
-    A pair that is a candidate both ways is computed once; each rank computes those of its own images.
+    A pair that is a candidate both ways is computed once; each rank computes those of its own images. What an image
+    brings to its pairs is computed once, what a text brings once for a block of images.
     """
     num_images, num_texts = gallery.similarity.shape
     texts = gallery.similarity.topk(min(k, num_texts), dim=1).indices
@@ -78,26 +80,53 @@ def pair_scores(
 
 def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: Any) -> tuple[Tensor, Tensor]:
     """Sorted keys image * M + text of all wanted pairs, and their logits [pairs, 2]."""
-    keys, logits = [], []
-    features = gallery.embeds[0].numel() if len(gallery.mine) else 0
-    # A rank without images has nothing to compute, and split() would give it one empty chunk.
-    for here in torch.arange(len(gallery.mine)).split(max(1, IMAGE_BLOCK // features)) if features else ():
-        with loader_args.autocast():
-            image_kv = model.project_image(gallery.embeds[here].to(loader_args.device, torch.float32))
-        local, text = wanted[gallery.mine[here]].nonzero(as_tuple=True)
-        by_length = gallery.text_lengths[text].argsort(stable=True)
-        for pairs in by_length.split(min(MAX_PAIRS, max(16, PAIR_BLOCK // features))):
+    keys, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
+    for positions, image_kv in _projected_images(model, gallery, loader_args):
+        # Twins of an image already met have position -1, and no pairs of their own.
+        here = wanted[positions] & (positions >= 0)[:, None]
+        for texts in _text_blocks(here, gallery.text_lengths):
             with loader_args.autocast():
-                images = image_kv[local[pairs].to(loader_args.device)]
-                scored = model.match_logits(images, texts_at(gallery.tokens, text[pairs]))
-            logits.append(scored.float().cpu())
-            keys.append(gallery.mine[here][local[pairs]] * wanted.shape[1] + text[pairs])
-    mine = (
-        (torch.cat(keys), torch.cat(logits))
-        if keys
-        else (torch.empty(0, dtype=torch.long), torch.empty(0, 2))
-    )
-    parts = dist.gather_objects(mine)
+                starts = model.project_text(texts_at(gallery.tokens, texts))
+            pairs = here[:, texts].nonzero()
+            for batch in pairs.split(MAX_PAIRS):
+                with loader_args.autocast():
+                    scored = model.match_logits(_shares(image_kv, batch[:, 0]), _rows(starts, batch[:, 1]))
+                keys.append(positions[batch[:, 0]] * wanted.shape[1] + texts[batch[:, 1]])
+                logits.append(scored.float().cpu())
+    parts = dist.gather_objects((torch.cat(keys), torch.cat(logits)))
     all_keys = torch.cat([part[0] for part in parts])
     order = all_keys.argsort()
     return all_keys[order], torch.cat([part[1] for part in parts])[order]
+
+
+def _projected_images(
+    model: MatchingModel, gallery: Gallery, loader_args: Any
+) -> Iterator[tuple[Tensor, Any]]:
+    """This rank's images block by block: their positions int64[n] and what matching reads of them."""
+    count = len(gallery.embeds)
+    size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if count else 1
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        embeds = gallery.embeds.read(start, stop).to(loader_args.device, torch.float32)
+        with loader_args.autocast():
+            yield gallery.mine[start:stop], model.project_image(embeds)
+
+
+def _text_blocks(wanted: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The texts of wanted pairs bool[n, M], those of like length together, in blocks of about TEXT_BLOCK pairs."""
+    pairs = wanted.sum(dim=0)
+    texts = pairs.nonzero().squeeze(1)
+    texts = texts[lengths[texts].argsort(stable=True)]
+    block = (pairs[texts].cumsum(0) - 1) // TEXT_BLOCK
+    sizes = block.unique_consecutive(return_counts=True)[1]
+    return list(texts.split(sizes.tolist()))
+
+
+def _shares(image_kv: Any, images: Tensor) -> list[tuple[Any, int]]:
+    """The images of pairs, in order, each once with the number of its pairs: what it is projected to isn't copied."""
+    found, counts = images.unique_consecutive(return_counts=True)
+    return [(image_kv[i : i + 1], each) for i, each in zip(found.tolist(), counts.tolist(), strict=True)]
+
+
+def _rows(starts: Any, rows: Tensor) -> Any:
+    return starts[rows.to(starts.attention_mask.device)]

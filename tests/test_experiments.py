@@ -1,4 +1,4 @@
-"""The experiment on VQA: its arms are valid configurations, its table and picture show what was measured."""
+"""Experiments with arms, on VQA and retrieval: valid configurations, and a table and picture of what was measured."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_arms_are_run_and_reported(
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["vqa.py", "--seeds", "0", "1", "--out", str(tmp_path)])
-    experiment.main()
+    experiment.EXPERIMENT.main(None)
     scripts = [Path(command[1]).name for command in commands]
     assert scripts == ["evaluate.py"] * 2 + ["train.py", "evaluate.py"] * 4
     assert all(Path(command[3]).is_file() for command in commands)
@@ -65,6 +65,30 @@ def test_arms_are_run_and_reported(
     assert "blind " in printed and "0.600 ± 0.141" in printed
     assert (tmp_path / "vqa.svg").read_text().lstrip().startswith("<?xml")
     assert json.loads((tmp_path / "vqa.json").read_text())["arms"]["conditioned"].keys() == {"0", "1"}
+
+
+def test_an_arm_that_is_only_evaluated_may_differ_by_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    retrieval = importlib.import_module("retrieval")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        folder = Path(command[-1].removeprefix("run.output_dir=")) / "evaluation"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(retrieval.METRICS, 0.5)}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert retrieval.EXPERIMENT.run("stage1", [3, 4], tmp_path, []).keys() == {"3", "4"}
+    assert [Path(command[1]).name for command in commands] == ["evaluate.py"] * 2
+    assert "model.pretrained=output/stage1/4" in commands[1]
+    retrieval.EXPERIMENT.run("without_itg", [3], tmp_path, [])
+    train, test = commands[2:]
+    assert {"model.itg_weight=0", "run.seed=3", "model.pretrained=output/stage1/3"} <= set(train)
+    assert test[-2] == f"model.pretrained={tmp_path / 'without_itg' / '3'}"
 
 
 def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path) -> None:
