@@ -28,54 +28,25 @@ def experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_arms_are_valid_and_differ_in_what_they_see(experiment: Any) -> None:
     frames, joins = {}, {}
-    for arm, (_, options) in experiment.ARMS.items():
-        config = load_config(experiment.CONFIG, options)
+    for name, arm in experiment.ARMS.items():
+        config = load_config(REPOSITORY / arm.cfg_path, arm.with_seed(0))
         seen = config.datasets[experiment.DATASET]["vis_processor"]
-        frames[arm] = (seen["train"].get("num_frames"), seen["eval"].get("num_frames"))
-        joins[arm] = (config.model["video"]["join"], config.model["video"]["frame_embeddings"])
+        frames[name] = (seen["train"]["num_frames"], seen["eval"]["num_frames"])
+        joins[name] = (config.model["video"]["join"], config.model["video"]["frame_embeddings"])
     assert frames == {"clip": (4, 4), "mean": (4, 4), "frame": (1, 1)}
     assert joins == {"clip": ("concat", 4), "mean": ("mean", 0), "frame": ("concat", 0)}
 
 
-def test_the_majority_is_by_the_form_of_a_question(experiment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_majority_is_by_the_form_of_a_question(experiment: Any) -> None:
     section = merge(load_dataset_preset(experiment.DATASET), SMALL)
     splits = build_datasets({experiment.DATASET: section})[experiment.DATASET]
-    monkeypatch.setattr(experiment, "build_dataset_from_preset", lambda name: splits)
-    scores = experiment.majority()
+    scores = experiment.majority(splits)
     assert set(scores) == {"all", *CLIP_TYPES}
     # The words of a question tell which two answers there are, and no more.
-    assert 0.35 < scores["direction"] < 0.65 and all(
-        scores[kind] < 0.45 for kind in CLIP_TYPES if kind != "direction"
-    )
-    forms = {form for kind, form, _ in experiment._questions(splits["train"]) if kind == "direction"}
-    assert len(forms) == 2 and len({form for _, form, _ in experiment._questions(splits["train"])}) == 7
-
-
-def test_each_arm_is_trained_evaluated_and_shown(
-    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    called: list[tuple[str, list[str]]] = []
-
-    def run(script: str, cfg_path: str, folder: Path, options: list[str]) -> None:
-        called.append((script, list(options)))
-        (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-        accuracy = 0.25 * len(called)
-        metrics = {
-            "test/accuracy": accuracy,
-            **{f"test/question_type/{kind}": accuracy for kind in CLIP_TYPES},
-        }
-        (folder / "evaluation" / "metrics.json").write_text(json.dumps({"metrics": metrics}))
-
-    monkeypatch.setattr(experiment, "run", run)
-    monkeypatch.setattr(experiment, "majority", lambda: dict.fromkeys(("all", *CLIP_TYPES), 0.2))
-    out = tmp_path / "video"
-    monkeypatch.setattr(sys, "argv", ["video.py", "--seeds", "0", "1", "--arms", "clip", "--out", str(out)])
-    experiment.main()
-    assert [script for script, _ in called] == ["train.py", "evaluate.py"] * 2
-    assert f"model.pretrained={out / 'clip' / '1'}" in called[3][1] and "run.seed=1" in called[2][1]
-    shown = capsys.readouterr().out
-    assert "0.200" in shown and "0.750 ± 0.354" in shown and "four frames" in shown
-    assert json.loads((out / "video.json").read_text())["arms"]["clip"][0]["order"] == 0.5
+    assert 0.35 < scores["direction"] < 0.65
+    assert all(scores[kind] < 0.45 for kind in CLIP_TYPES if kind != "direction")
+    forms = {(kind, form) for kind, form, _ in experiment.asked(splits["train"])}
+    assert len(forms) == 7 and sum(kind == "direction" for kind, _ in forms) == 2
 
 
 @pytest.mark.slow
