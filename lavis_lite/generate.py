@@ -1,4 +1,4 @@
-"""`lavis-lite generate` and `lavis-lite answer`: what a model says of picture files, as lines of JSON."""
+"""`lavis-lite generate` and `lavis-lite answer`: what a model says of pictures or clips, as lines of JSON."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import console
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
+from lavis_lite.processors.video import SUFFIXES as CLIP_SUFFIXES
+from lavis_lite.processors.video import UnreadableClip, VideoProcessor
 from lavis_lite.tasks.answers import read_answer_list
 
-# A model and images [B, 3, H, W] -> what to write of each image: one row or several.
-Say = Callable[[Any, torch.Tensor], list[list[dict[str, str]]]]
+# A model and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
+Say = Callable[[Any, dict[str, torch.Tensor]], list[list[dict[str, str]]]]
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a model comes from and where its words go.
 
-    out: the file to write; standard output without one.
+    out: the file to write; standard output without one. num_frames: of clips, where the files are clips.
     """
 
     out: str | None = None
     checkpoint: str | None = None
     device: str = "auto"
     batch_size: int = 16
+    num_frames: int | None = None
 
 
 def generate_files(
     model: str, images: Sequence[str], place: Place, *, prompt: str | None = None, **settings: Any
 ) -> int:
-    """Write {"image", "text"} of every picture, in order; of one that can't be read {"image", "error"}.
+    """Write {"image", "text"} of every picture, in order; of one that can't be read {"image", "error"}. Of clips, where
+    `place` says how many frames of them to look at, {"video", ...}.
 
     Args:
         model: name/type, e.g. "blip2_t5/shapes".
-        images: files, and folders whose pictures are taken in alphabetical order.
+        images: files, and folders whose pictures or clips are taken in alphabetical order.
         settings: of the model's `generate`.
 
     Returns: how many pictures couldn't be read.
@@ -53,10 +57,10 @@ def generate_files(
     """
     prompted = {} if prompt is None else {"prompt": prompt}
 
-    def say(built: Any, image: torch.Tensor) -> list[list[dict[str, str]]]:
-        said = built.generate({"image": image, **prompted}, **settings)
-        each = len(said) // len(image)
-        return [[{"text": text} for text in said[i * each : (i + 1) * each]] for i in range(len(image))]
+    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[dict[str, str]]]:
+        said, number = built.generate({**shown, **prompted}, **settings), _count(shown)
+        each = len(said) // number
+        return [[{"text": text} for text in said[i * each : (i + 1) * each]] for i in range(number)]
 
     return _write_lines(model, images, place, say, needs="generate")
 
@@ -82,10 +86,10 @@ def answer_files(
             "answer_list": read_answer_list(answer_list, where="--answer-list"),
         }
 
-    def say(built: Any, image: torch.Tensor) -> list[list[dict[str, str]]]:
-        rows: list[list[dict[str, str]]] = [[] for _ in image]
+    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[dict[str, str]]]:
+        rows: list[list[dict[str, str]]] = [[] for _ in range(_count(shown))]
         for question in questions:
-            answers = built.predict_answers({"image": image, "text_input": question}, **settings)
+            answers = built.predict_answers({**shown, "text_input": question}, **settings)
             for own, answer in zip(rows, answers, strict=True):
                 own.append({"question": question, "answer": answer})
         return rows
@@ -99,11 +103,13 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
         raise ConfigError(
             f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
         )
-    paths = list(_files(images))
+    medium = Medium.of(place)
+    paths = list(_files(images, medium))
     device = str(choose_device(place.device))
     built, processors, _ = load_model_and_preprocess(name, model_type, True, device, place.checkpoint)
     if not hasattr(built, needs):
         raise ConfigError(f"--model '{model}': this model generates no text")
+    read = medium.reader(processors["eval"])
     bad = 0
     with ExitStack() as stack:
         file: IO[str] = (
@@ -112,40 +118,71 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
         batches = range(0, len(paths), place.batch_size)
         shown = console().is_terminal and place.out is not None
         for start in track(batches, needs.replace("_", " "), console=console(), disable=not shown):
-            for row in _rows(built, processors["eval"], paths[start : start + place.batch_size], say):
+            for row in _rows(built, medium.key, read, paths[start : start + place.batch_size], say):
                 bad += "error" in row
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
     return bad
 
 
-def _files(images: Sequence[str]) -> Iterator[Path]:
+@dataclass(frozen=True)
+class Medium:
+    """Pictures or clips: the batch's key, the word for one, its files' suffixes, frames of a clip."""
+
+    key: str
+    word: str
+    suffixes: frozenset[str]
+    num_frames: int = 0
+
+    @classmethod
+    def of(cls, place: Place) -> Medium:
+        """Clips where so many frames of them are to be seen, else pictures."""
+        if place.num_frames is None:
+            return cls("image", "picture", SUFFIXES)
+        if place.num_frames < 1:
+            raise ConfigError(f"--num-frames must be at least 1, got {place.num_frames}")
+        return cls("video", "clip", CLIP_SUFFIXES, place.num_frames)
+
+    def reader(self, processor: Callable[..., torch.Tensor]) -> Callable[[Path], torch.Tensor]:
+        """A file as the model sees it, given the processor of pictures; raises UnreadableSample or UnreadableClip."""
+        if self.key == "image":
+            return lambda path: processor(read_image(path))
+        return VideoProcessor.around(processor, self.num_frames)
+
+
+def _count(shown: dict[str, torch.Tensor]) -> int:
+    (visual,) = shown.values()
+    return len(visual)
+
+
+def _files(images: Sequence[str], medium: Medium) -> Iterator[Path]:
     for name in images:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in medium.suffixes)
             if not found:
-                raise DataError(f"no picture in the folder '{path}'")
+                raise DataError(f"no {medium.word} in the folder '{path}'")
             yield from found
         else:
             yield path
 
 
 def _rows(
-    model: Any, processor: Callable[..., torch.Tensor], paths: Sequence[Path], say: Say
+    model: Any, key: str, reader: Callable[[Path], torch.Tensor], paths: Sequence[Path], say: Say
 ) -> Iterator[dict[str, str]]:
-    """One batch's rows, in order; the readable pictures go through the model together."""
+    """One batch's rows, in order; the readable files go through the model together."""
     read: dict[Path, torch.Tensor] = {}
     errors: dict[Path, str] = {}
     for path in paths:
         try:
-            read[path] = processor(read_image(path))
-        except UnreadableSample as error:
+            read[path] = reader(path)
+        except (UnreadableSample, UnreadableClip) as error:
             errors[path] = error.reason
     said: dict[Path, list[dict[str, str]]] = {}
     if read:
-        said = dict(zip(read, say(model, torch.stack(list(read.values())).to(model.device)), strict=True))
+        shown = {key: torch.stack(list(read.values())).to(model.device)}
+        said = dict(zip(read, say(model, shown), strict=True))
     for path in paths:
         if path in errors:
-            yield {"image": str(path), "error": errors[path]}
+            yield {key: str(path), "error": errors[path]}
         for row in said.get(path, ()):
-            yield {"image": str(path), **row}
+            yield {key: str(path), **row}

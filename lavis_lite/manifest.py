@@ -27,13 +27,16 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "processor": {
         "lavis_lite.processors.image": ["blip2_image_train", "blip_image_train", "blip_image_eval"],
         "lavis_lite.processors.text": ["blip_caption", "blip_question"],
+        "lavis_lite.processors.video": ["video"],
         "lavis_lite.worlds.shapes.processors": ["shapes_image_train", "shapes_image_eval"],
     },
     "builder": {
         "lavis_lite.datasets.builders": ["image_text"],
         "lavis_lite.datasets.vqa_builder": ["vqa"],
         "lavis_lite.datasets.shard_builder": ["shards", "vqa_shards"],
+        "lavis_lite.datasets.clip_builders": ["video_text", "video_vqa"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
+        "lavis_lite.worlds.shapes.clip_builder": ["shapes_video"],
         "lavis_lite.worlds.shapes.vit_data": ["shapes_rendered"],
         "lavis_lite.worlds.shapes.lm_data": ["shapes_documents"],
     },

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_helpers import save_clip
 from data_helpers import save_picture
 from PIL import Image
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Echo(nn.Module):
     device = torch.device("cpu")
 
     def generate(self, samples: dict[str, Any], *, num_captions: int = 1, **settings: Any) -> list[str]:
-        batch = len(samples["image"])
+        batch = len(samples.get("image", samples.get("video")))  # type: ignore[arg-type]
         return [
             f"{samples.get('prompt', '-')} {batch} {row}.{k}"
             for row in range(batch)
@@ -60,10 +61,37 @@ def test_a_broken_picture_has_its_line_and_the_exit_code_tells(
     out = tmp_path / "texts.jsonl"
     with pytest.raises(SystemExit) as ended:
         main(["generate", "--model", "a/b", "--image", str(pictures), "--prompt", "hi", "--out", str(out)])
-    assert ended.value.code == 1 and "1 pictures could not be read" in capsys.readouterr().err
+    assert ended.value.code == 1 and "1 files could not be read" in capsys.readouterr().err
     first, broken, last = lines(out)
     assert (first["text"], last["text"]) == ("hi 2 0.0", "hi 2 1.0")
     assert broken["error"] == "not a picture" and broken["image"].endswith("1.png")
+
+
+def test_clips_are_seen_by_their_frames(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_clip(tmp_path / "clips" / "0.avi")
+    (tmp_path / "clips" / "1.mp4").write_bytes(b"no clip")
+    save_clip(tmp_path / "clips" / "2.avi")
+    command = ["generate", "--model", "blip2_opt/shapes", "--video", str(tmp_path / "clips")]
+    shapes: list[tuple[int, ...]] = []
+    said = Echo.generate
+
+    def generate_and_note(self: Echo, samples: dict[str, Any], **settings: Any) -> list[str]:
+        shapes.append(tuple(samples["video"].shape))
+        return said(self, samples, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Echo, "generate", generate_and_note)
+        main([*command, "--num-frames", "3"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert shapes == [(2, 3, 3, 4, 4)]
+    assert [Path(row["video"]).name for row in rows] == ["0.avi", "1.mp4", "2.avi"]
+    assert [row.get("text", row.get("error")) for row in rows] == [
+        "- 2 0.0",
+        "not a clip that can be decoded",
+        "- 2 1.0",
+    ]
 
 
 def test_several_texts_and_single_files(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

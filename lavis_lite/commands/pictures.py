@@ -1,4 +1,4 @@
-"""`lavis-lite generate` and `lavis-lite answer`: what a model says of picture files."""
+"""`lavis-lite generate` and `lavis-lite answer`: what a model says of pictures or clips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def generate_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite generate") -> None:
-    """Say something about pictures: captions, or what follows a prompt; JSON lines."""
+    """Say something about pictures or clips: captions, or what follows a prompt; JSON lines."""
     parser = argparse.ArgumentParser(prog=prog, description=generate_main.__doc__)
     _add_picture_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="by default the model's own")
@@ -36,7 +36,7 @@ def generate_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite 
 
 
 def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite answer") -> None:
-    """Answer questions about pictures; JSON lines."""
+    """Answer questions about pictures or clips; JSON lines."""
     parser = argparse.ArgumentParser(prog=prog, description=answer_main.__doc__)
     _add_picture_arguments(parser)
     parser.add_argument(
@@ -68,14 +68,12 @@ def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite an
 def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME/TYPE", help="e.g. blip2_t5/shapes")
     parser.add_argument("--checkpoint", metavar="PATH", help="a run's folder or a weights file")
-    parser.add_argument(
-        "--image",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        dest="images",
-        help="pictures, or folders of them",
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument(
+        "--image", nargs="+", metavar="FILE", dest="images", help="pictures, or folders of them"
     )
+    files.add_argument("--video", nargs="+", metavar="FILE", dest="clips", help="clips, or folders of them")
+    parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="of each clip, evenly; 4")
     parser.add_argument("--out", metavar="FILE", help="where to write the lines; by default they are printed")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -86,11 +84,15 @@ def _take_picture_arguments(arguments: dict[str, Any]) -> tuple[str, list[str], 
     """Model, pictures and place, taken out of the arguments, so that only the command's own are left."""
     from lavis_lite.generate import Place
 
-    place = Place(**{name: arguments.pop(name) for name in ("out", "checkpoint", "device", "batch_size")})
-    return arguments.pop("model"), arguments.pop("images"), place
+    images, clips, frames = (arguments.pop(name) for name in ("images", "clips", "num_frames"))
+    place = Place(
+        **{name: arguments.pop(name) for name in ("out", "checkpoint", "device", "batch_size")},
+        num_frames=frames if clips else None,
+    )
+    return arguments.pop("model"), clips or images, place
 
 
 def _tell_unreadable(number: int) -> None:
     if number:
-        print(f"error: {number} pictures could not be read; their lines say why", file=sys.stderr)
+        print(f"error: {number} files could not be read; their lines say why", file=sys.stderr)
         sys.exit(1)

@@ -70,14 +70,16 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
         import torch
 
         # GPUs that are planned for today compute in bfloat16.
-        precision = "bf16" if args.gpu_memory else choose_precision("auto", torch.device("cpu"))
+        planned = "bf16" if args.gpu_memory else choose_precision("auto", torch.device("cpu"))
+    else:
+        planned = precision
     return Target(
         device_type=device_type,
         limit=parse_memory(args.gpu_memory) if args.gpu_memory else available_bytes(),
         runtime=runtime_of(device_type),
         world_size=args.world_size,
         strategy=args.strategy or config.run.strategy,
-        precision=precision,
+        precision=planned,
         text_tokens=args.text_tokens,
         stored_features=bool(getattr(config.run, "cache_features", False)),
     )

@@ -85,11 +85,12 @@ class ImageTextBuilder:
 
     Raises ConfigError with the YAML path of what is wrong.
 
-    split_class, dataset_class, default_text: what a builder of other rows replaces.
+    split_class, dataset_class, default_vis, default_text: what a builder of other rows replaces.
     """
 
     split_class: ClassVar[type] = SplitConfig
     dataset_class: ClassVar[Callable[..., MapDataset]] = ImageTextDataset
+    default_vis: ClassVar[Mapping[str, Any]] = DEFAULT_VIS
     default_text: ClassVar[Mapping[str, Any]] = DEFAULT_TEXT
 
     def __init__(
@@ -132,7 +133,7 @@ class ImageTextBuilder:
         self.ratio = ratio
         self._root = root
         where = f"datasets.{name}"
-        self.vis_processors = _processors(vis_processor, DEFAULT_VIS, where=f"{where}.vis_processor")
+        self.vis_processors = _processors(vis_processor, self.default_vis, where=f"{where}.vis_processor")
         self.text_processors = _processors(text_processor, self.default_text, where=f"{where}.text_processor")
         self.splits = {
             split: _split_configs(self.split_class, section, defaults, where=f"{where}.{split}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -50,7 +50,11 @@ class ImageTextDataset:
         name: of the dataset. Picture numbers of datasets with different names never meet; those with the same
         name
             (its splits and parts) share the numbers their files declare.
+
+    visual: the batch's key of what is seen; `_see` and `_picture` are what a dataset of other files replaces.
     """
+
+    visual: ClassVar[str] = "image"
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class ImageTextDataset:
         record, part = self._record(index)
         captions = self._raw_captions(record, part)
         return {
-            "image": read_image(self._path(record, part)),
+            "image": self._picture(self._path(record, part)),
             "text_input": captions[0],
             "captions": captions,
             "image_id": record.image_id,
@@ -98,8 +102,8 @@ class ImageTextDataset:
             texts = self._draw_texts(index, record, part)
             # Last, so that what else the seed decides doesn't depend on where the image comes from.
             if self.stored is not None:
-                return {"image": self.stored.load(index % len(self), seed=seed), **texts}
-            return {"image": self.vis_processor(read_image(self._path(record, part))), **texts}
+                return {self.visual: self.stored.load(index % len(self), seed=seed), **texts}
+            return {self.visual: self._see(self._path(record, part)), **texts}
 
     def _draw_texts(self, index: int, record: Record, part: int) -> dict[str, Any]:
         """A row without its image, drawn from torch's global generator; raises UnreadableSample."""
@@ -118,8 +122,8 @@ class ImageTextDataset:
         return other
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See `collate_images`."""
-        return collate_images(samples)
+        """See `collate_images`; the images are named as `visual` says."""
+        return collate_images(samples, visual=self.visual)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a row, processed; empty for a row whose captions can't be read."""
@@ -132,11 +136,19 @@ class ImageTextDataset:
 
     def image(self, index: int) -> Image.Image:
         """The row's picture in RGB, unprocessed; raises UnreadableSample."""
-        return read_image(self.image_path(index))
+        return self._picture(self.image_path(index))
 
     def image_path(self, index: int) -> str:
         """Where the row's picture is."""
         return self._path(*self._record(index))
+
+    def _picture(self, path: str) -> Image.Image:
+        """What a person is shown of a file."""
+        return read_image(path)
+
+    def _see(self, path: str) -> Tensor:
+        """What a model is shown of a file."""
+        return self.vis_processor(read_image(path))
 
     def _record(self, index: int) -> tuple[Record, int]:
         if not -len(self) <= index < len(self):
@@ -165,10 +177,10 @@ def public_image_id(salt: int, index: int, declared: int | None) -> int:
     return seed_of(salt, int(declared is not None), index if declared is None else declared)
 
 
-def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate_images(samples: list[dict[str, Any]], *, visual: str = "image") -> dict[str, Any]:
     """image float32[B, 3, H, W] or features, text_input (B strings), image_id int64[B], index int64[B]."""
     return {
-        "image": stack_images([sample["image"] for sample in samples]),
+        visual: stack_images([sample[visual] for sample in samples]),
         "text_input": [sample["text_input"] for sample in samples],
         "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
         "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),

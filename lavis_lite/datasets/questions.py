@@ -30,11 +30,11 @@ from lavis_lite.datasets.records import Source
 FORMATS = ("auto", "vqa", "gqa", "json", *STREAMS)
 # Names tried when no field is set, in this order.
 USUAL_NAMES = {
-    "image": ("image", "image_path", "file_name", "filename", "filepath", "path"),
+    "image": ("image", "image_path", "file_name", "filename", "filepath", "path", "video", "video_path"),
     "question": ("question", "text_input"),
     "answer": ("answer", "answers", "text_output"),
     "question_id": ("question_id", "qid"),
-    "image_id": ("image_id", "imageId"),
+    "image_id": ("image_id", "imageId", "video_id"),
     "answer_type": ("answer_type",),
     "question_type": ("question_type",),
 }

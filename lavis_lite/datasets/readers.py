@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 # Names tried when no field is set, in this order.
 USUAL_NAMES = {
-    "image": ("image", "image_path", "file_name", "filename", "filepath", "path"),
+    "image": ("image", "image_path", "file_name", "filename", "filepath", "path", "video", "video_path"),
     "caption": ("caption", "captions", "text"),
-    "image_id": ("image_id",),
+    "image_id": ("image_id", "video_id"),
 }
 # (place in the file for messages, the row's fields)
 Place = str
@@ -65,8 +65,8 @@ class Fields:
     """The names that a file's fields have for the picture's path, the caption or captions, and the picture's
     number.
 
-    None tries the usual names: image, image_path, file_name, filename, filepath, path; caption, captions,
-    text; image_id.
+    None tries the usual names: image, image_path, file_name, filename, filepath, path, video, video_path; caption,
+    captions, text; image_id, video_id.
 
     group: a field by whose values an evaluation reports scores separately (NoCaps's `domain`); in COCO's and
     Karpathy's files one of a picture's entry. None: no groups.

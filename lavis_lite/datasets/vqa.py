@@ -9,7 +9,6 @@ import torch
 
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset
-from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.readers import Asked
 from lavis_lite.datasets.records import Record
 
@@ -34,7 +33,7 @@ class QuestionDataset(ImageTextDataset):
         record, part = self._record(index)
         asked = self._asked(record, part)
         return {
-            "image": read_image(self._path(record, part)),
+            "image": self._picture(self._path(record, part)),
             "text_input": asked.text,
             "answers": asked.answers,
             "question_id": json.loads(asked.id),

@@ -14,7 +14,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.models.decoding import DecodingRules, Search
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.ranking import log_likelihoods
-from lavis_lite.samples import Images, image_of, prompts_of, texts_of
+from lavis_lite.samples import Images, prompts_of, texts_of, visual_of
 
 QUESTION = "{}"  # a template's place for the question
 
@@ -48,7 +48,7 @@ def asked_of(samples: Mapping[str, Any], *, template: str) -> Asked:
 
     Raises InputError when a question is needed and absent, or for texts that don't fit the images.
     """
-    batch = len(image_of(samples))
+    batch = len(visual_of(samples))
     given = samples.get("text_input") is not None
     if QUESTION in template and samples.get("prompt") is None:
         if not given:
@@ -71,7 +71,7 @@ def questions_in(samples: Mapping[str, Any], *, template: str, own: str) -> Aske
         raise InputError(
             f"prompt '{template}' has no {QUESTION}, the question's place: 'Question: {{}} Answer:'"
         )
-    questions = texts_of(samples, "text_input", batch=len(image_of(samples)))
+    questions = texts_of(samples, "text_input", batch=len(visual_of(samples)))
     return Asked([fill(template, question) for question in questions], questions)
 
 
@@ -122,7 +122,7 @@ class QuestionAnswering(ABC):
         """Answers to questions about pictures (section 4.1): one text an image.
 
         Args:
-            samples: {"image": [B, 3, H, W], "text_input": one question, or one an image}.
+            samples: {"image": [B, 3, H, W] or "video": [B, F, 3, H, W], "text_input": one question, or one an image}.
             inference_method: "generate" searches with `num_beams`; "rank" chooses the likeliest of a closed list.
             max_len, min_len: of generated answers in new tokens, without the end.
             num_ans_candidates: so many answers of the list, those with the likeliest first token, are scored whole.
@@ -198,7 +198,7 @@ class QuestionAnswering(ABC):
         """
         answers = check_list(answer_list, num_ans_candidates)
         asked = self._wrapped(questions_in(samples, template=prompt, own=self.prompt))
-        visual = self.visual_prompt(image_of(samples).to(self.device), asked.questions)
+        visual = self.visual_prompt(visual_of(samples).to(self.device), asked.questions)
         ids = self.language_model.answer_ids(asked.prompts, answers, max_length=self.max_txt_len)
         with self.language_model.arithmetic():
             decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=1)

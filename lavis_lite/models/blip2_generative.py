@@ -1,6 +1,6 @@
 """BLIP-2 stage 2: what the Q-Former sees becomes a soft visual prompt for a frozen language model (section 3.3).
 
-B rows, Q queries, P image tokens, D Q-Former width, L language-model width, N scored text tokens.
+B rows, F frames of a clip, Q queries, P image tokens, D Q-Former width, L language-model width, N scored text tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from lavis_lite.models.answers import QUESTION, Asked, Generated, QuestionAnswer
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
+from lavis_lite.models.frames import FrameJoin, VideoConfig, split_frames
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.language.loading import LanguageModelConfig
 from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.text_side import TEXT_SIDE, has_text_side, load_text_side
 from lavis_lite.models.vision.tower import validate_vision_config
-from lavis_lite.samples import Images, complete_questions, complete_samples, image_of
+from lavis_lite.samples import Images, complete_questions, complete_samples, visual_of
 
 # What a stage-1 checkpoint holds that stage 2 has no place for; where no question is read, the text side neither.
 STAGE1_HEADS = (r"^(vision_proj|text_proj|itm_head)\.", r"^temp$", r"^Qformer\.cls\.")
@@ -53,9 +54,15 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         qformer_text_from: a stage-1 run or checkpoint to take the Q-Former's text side from, where `pretrained` has
             none, as all stage-2 checkpoints.
         tokenizer: of the questions that the Q-Former reads; as of stage 1.
+        video: how the frames of clips are joined; see `VideoConfig`.
     """
 
-    optional_keys: ClassVar[tuple[str, ...]] = (r"^visual_encoder\.", r"^language_model\.")
+    # Frame embeddings begin at zero, which is what a checkpoint of pictures means by having none.
+    optional_keys: ClassVar[tuple[str, ...]] = (
+        r"^visual_encoder\.",
+        r"^language_model\.",
+        r"^frame_join\.embeddings$",
+    )
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         qformer_text_input: bool = False,
         qformer_text_from: str | None = None,
         tokenizer: str = "bert-base-uncased",
+        video: VideoConfig | None = None,
     ) -> None:
         config = qformer or QFormerConfig()
         super().__init__(
@@ -82,6 +90,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         self.qformer_text_from = qformer_text_from
         if qformer_text_input:
             self._text_ffn_that_nobody_reads().requires_grad_(False)
+        self.frame_join = FrameJoin(video or VideoConfig(), config.hidden_size)
         self.language_model = build_language_model(language_model)
         self.llm_proj = nn.Linear(config.hidden_size, self.language_model.width)
 
@@ -96,6 +105,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         if keywords.get("max_txt_len", 32) < 2:
             raise ConfigError(f"{where}.max_txt_len: must be at least 2, got {keywords['max_txt_len']}")
         _check_question_keys(keywords, where)
+        (keywords.get("video") or VideoConfig()).check(f"{where}.video")
 
     @property
     def takes_questions(self) -> bool:
@@ -109,6 +119,10 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         self.language_model.load_pretrained()
         if self.qformer_text_from:
             load_text_side(self, self.qformer_text_from)
+
+    def no_weight_decay(self) -> set[str]:
+        """The queries and the frame embeddings: pulling them to zero means nothing."""
+        return super().no_weight_decay() | {"frame_join.embeddings"}
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """As of `BaseModel`; the Q-Former's text side whole, as other projects' checkpoints have it."""
@@ -165,7 +179,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         return {"loss": losses.sum() / count.float().mean()}
 
     def _text_losses(self, samples: Mapping[str, Any]) -> Tensor:
-        batch = complete_samples(samples)
+        batch = complete_samples(samples, clips=True)
         if samples.get("text_output") is not None:
             raise InputError(
                 "these samples are questions with answers, and the model would learn to say the questions; set "
@@ -191,19 +205,25 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
     def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
         """Images [B, 3, H, W], or stored features of them -> [B, Q, L], in the place of so many token embeddings.
 
+        Clips [B, F, 3, H, W] -> [B, F * Q, L] or [B, Q, L], as `video.join` says: every frame is seen by itself, with
+        the question, and their query outputs are joined.
+
         Args:
             questions: B texts for a Q-Former that reads them; others overlook them.
 
-        Raises ValueError when they are needed and absent.
+        Raises ValueError when they are needed and absent, InputError for clips of too many frames.
         """
-        image_embeds = self.encode_image(image)
+        pictures, count = split_frames(image)
+        image_embeds = self.encode_image(pictures)
+        batch = len(image)
         if not self.qformer_text_input:
             queries = self.encode_queries(image_embeds).output
         elif questions is None:
             raise ValueError("the Q-Former of this model reads questions: give one for each image")
         else:
-            queries = self.Qformer.encode_pairs(self.query_tokens, image_embeds, self.tokenize(questions))
-        prompt: Tensor = self.llm_proj(queries)
+            asked = self.tokenize(questions)[torch.arange(batch).repeat_interleave(count)]
+            queries = self.Qformer.encode_pairs(self.query_tokens, image_embeds, asked)
+        prompt: Tensor = self.llm_proj(self.frame_join(queries.unflatten(0, (batch, count))))
         return prompt
 
     @torch.no_grad()
@@ -223,12 +243,12 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         max_new_tokens: int | None = None,
         draws: Tensor | None = None,
     ) -> list[str]:
-        """Texts for images: B * num_captions of them, an image's together; never with the prompt in them.
+        """Texts for images or clips: B * num_captions of them, an image's together; never with the prompt in them.
 
         Args:
-            samples: {"image": [B, 3, H, W], "prompt": one string, or one an image; by default the model's own,
-                "text_input": the questions, where its own prompt or its Q-Former takes some}. A Q-Former that
-                gets no question reads the prompt.
+            samples: {"image": [B, 3, H, W] or "video": [B, F, 3, H, W], "prompt": one string, or one an image; by
+                default the model's own, "text_input": the questions, where its own prompt or its Q-Former takes
+                some}. A Q-Former that gets no question reads the prompt.
             use_nucleus_sampling: draw from the nucleus of `top_p` at `temperature`; else beam search, greedy with
                 one beam.
             max_length, min_length: of new tokens, without the end. max_new_tokens: the same as max_length.
@@ -300,7 +320,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         """Instructed generation in turns (section 4.1, figure 4): the answer to a message about one image.
 
         Args:
-            image: [3, H, W] or [1, 3, H, W], processed.
+            image: [3, H, W] or [1, 3, H, W], processed; of a clip [1, F, 3, H, W].
             history: earlier (message, answer) pairs; each call returns the one to go on with.
 
         Returns: the answer, and the history with it.
@@ -308,7 +328,9 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         rules = DecodingRules(
             end_id=self.language_model.end_id, max_length=max_new_tokens, length_penalty=length_penalty
         )
-        samples = {"image": image if image.dim() == 4 else image[None]}
+        samples = (
+            {"video": image} if image.dim() == 5 else {"image": image if image.dim() == 4 else image[None]}
+        )
         prompt = self.language_model.conversation(history, message)
         answer = self._continue(samples, Asked([prompt], [message]), rules, Search(num_beams)).texts[0]
         return answer, [*history, (message, answer)]
@@ -317,7 +339,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         self, samples: Mapping[str, Any], asked: Asked, rules: DecodingRules, search: Search
     ) -> Generated:
         """What the language model says after the images' visual prompts and these texts."""
-        visual = self.visual_prompt(image_of(samples).to(self.device), asked.questions)
+        visual = self.visual_prompt(visual_of(samples).to(self.device), asked.questions)
         start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
         with self.language_model.arithmetic():
             decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)

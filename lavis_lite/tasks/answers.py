@@ -31,7 +31,8 @@ class AnsweringModel(Protocol):
         prompt: str,
         length_penalty: float,
     ) -> list[str]:
-        """One answer per image of {"image": float[B, 3, H, W], "text_input": B questions}."""
+        """One answer per image of {"image": float[B, 3, H, W], "text_input": B questions}, or per clip of {"video":
+        float[B, F, 3, H, W], ...}."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def ask_questions(
     """Answers to the rows whose picture can be read, in their order; the same on every rank."""
     settings = {name: getattr(answering, name) for name in Answering.__dataclass_fields__}
 
-    def say(image: Tensor, batch: Mapping[str, Any]) -> list[str]:
-        return model.predict_answers({"image": image, "text_input": batch["text_input"]}, **settings)
+    def say(visual: Mapping[str, Tensor], batch: Mapping[str, Any]) -> list[str]:
+        return model.predict_answers({**visual, "text_input": batch["text_input"]}, **settings)
 
     predictions = predict_rows(dataset, rows, loader_args, say)
     return [_answered(dataset, row, text) for row, text in predictions.items()]

@@ -18,7 +18,8 @@ class CaptioningModel(Protocol):
     def generate(
         self, samples: Mapping[str, Any], *, num_beams: int, max_length: int, min_length: int
     ) -> list[str]:
-        """One text per image of {"image": float[B, 3, H, W], "prompt": str}, without the prompt.
+        """One text per image of {"image": float[B, 3, H, W], "prompt": str}, without the prompt; or per clip of
+        {"video": float[B, F, 3, H, W], "prompt": str}.
 
         max_length, min_length: of new tokens. A model without prompts overlooks it.
         """
@@ -54,9 +55,9 @@ def caption_images(
 ) -> list[Captioned]:
     """Captions of the rows whose picture can be read, in their order; the same on every rank."""
 
-    def say(image: Tensor, _: Mapping[str, Any]) -> list[str]:
+    def say(visual: Mapping[str, Tensor], _: Mapping[str, Any]) -> list[str]:
         return model.generate(
-            {"image": image, "prompt": decoding.prompt},
+            {**visual, "prompt": decoding.prompt},
             num_beams=decoding.num_beams,
             max_length=decoding.max_new_tokens,
             min_length=decoding.min_length,

@@ -12,6 +12,7 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.io import atomic_write
 from lavis_lite.datasets.loader import eval_loader
+from lavis_lite.samples import visual_key
 from lavis_lite.tasks.heldout import ChosenRows
 
 T = TypeVar("T")
@@ -27,14 +28,15 @@ def predict_rows(
     dataset: Any,
     rows: Sequence[int],
     loader_args: Any,
-    say: Callable[[Tensor, Mapping[str, Any]], Sequence[str]],
+    say: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Sequence[str]],
 ) -> dict[int, str]:
     """A text for each row whose picture can be read, in the rows' order; the same on every rank.
 
     The rows are shared out over the ranks.
 
     Args:
-        loader_args: `EvalArgs`. say: one text an image, given images float[B, 3, H, W] on the device and their batch.
+        loader_args: `EvalArgs`. say: one text a row, given {"image": float[B, 3, H, W]} or {"video":
+            float[B, F, 3, H, W]} on the device, and the batch.
     """
     loader = eval_loader(
         ChosenRows(dataset, rows, seed=0),
@@ -46,9 +48,10 @@ def predict_rows(
     )
     mine: list[tuple[int, str]] = []
     for batch in loader:
-        image = batch["image"].to(loader_args.device, non_blocking=True)
+        key = visual_key(batch)
+        visual = {key: batch[key].to(loader_args.device, non_blocking=True)}
         with loader_args.autocast():
-            texts = say(image, batch)
+            texts = say(visual, batch)
         mine += zip(batch["index"].tolist(), texts, strict=True)
     return dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
 

@@ -160,7 +160,7 @@ class VqaTask(BaseTask):
         shown, looks = None, []
         if final and self.num_examples:
             shown = draw_examples(rows, accuracies, dataset, self.num_examples)
-            if getattr(model, "qformer_text_input", False):
+            if getattr(model, "qformer_text_input", False) and getattr(dataset, "visual", "image") == "image":
                 with evaluating(model):
                     looks = draw_looks(model, dataset, rows, loader_args, LOOKS)
         return Evaluation(metrics, AnswerDetails(rows, path, types, shown, looks))

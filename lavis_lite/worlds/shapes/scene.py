@@ -9,7 +9,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from math import cos, pi, sin
-from typing import Literal
+from typing import Literal, Protocol
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -114,7 +114,14 @@ def sample_scene(*, seed: int, split: Split, index: int) -> Scene:
             return scene
 
 
-def bucket(scene: Scene) -> int:
+class Keyed(Protocol):
+    """What words can tell from all else of its kind: a scene, or a clip."""
+
+    @property
+    def key(self) -> str: ...
+
+
+def bucket(scene: Keyed) -> int:
     """The content-hash bucket (0-15) of a scene's key."""
     return hashlib.blake2b(scene.key.encode(), digest_size=1).digest()[0] % 16
 
@@ -148,7 +155,7 @@ def _draw_places(rng: random.Random, radii: list[float]) -> list[tuple[int, floa
     """(cell, x, y) of objects in different cells, in reading order; None when two would touch."""
     places: list[tuple[int, float, float]] = []
     for cell, radius in zip(sorted(rng.sample(range(9), len(radii))), radii, strict=True):
-        x, y = _draw_centre(rng, cell % 3, radius), _draw_centre(rng, cell // 3, radius)
+        x, y = draw_centre(rng, cell % 3, radius), draw_centre(rng, cell // 3, radius)
         for (_, other_x, other_y), other in zip(places, radii, strict=False):
             if (x - other_x) ** 2 + (y - other_y) ** 2 < (radius + other + GAP) ** 2:
                 return None
@@ -156,7 +163,7 @@ def _draw_places(rng: random.Random, radii: list[float]) -> list[tuple[int, floa
     return places
 
 
-def _draw_centre(rng: random.Random, place: int, radius: float) -> float:
+def draw_centre(rng: random.Random, place: int, radius: float) -> float:
     """One coordinate in the given third of the side, with the object inside the picture."""
     middle = (place + 0.5) / 3
     low, high = (
