@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import lavis_lite
 from lavis_lite.commands.convert import convert_main
+from lavis_lite.commands.explain import explain_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.run import evaluate_main, train_main
@@ -19,6 +20,7 @@ COMMANDS = {
     "tokenizer": tokenizer_main,
     "generate": generate_main,
     "answer": answer_main,
+    "explain": explain_main,
     "convert": convert_main,
 }
 

@@ -94,11 +94,7 @@ def answer_files(
 
 
 def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:
-    name, slash, model_type = model.partition("/")
-    if not slash:
-        raise ConfigError(
-            f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
-        )
+    name, model_type = name_and_type(model)
     paths = list(_files(images))
     device = str(choose_device(place.device))
     built, processors, _ = load_model_and_preprocess(name, model_type, True, device, place.checkpoint)
@@ -116,6 +112,16 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
                 bad += "error" in row
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
     return bad
+
+
+def name_and_type(model: str) -> tuple[str, str]:
+    """The two halves of what --model names; ConfigError for anything but name/type."""
+    name, slash, model_type = model.partition("/")
+    if not slash:
+        raise ConfigError(
+            f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
+        )
+    return name, model_type
 
 
 def _files(images: Sequence[str]) -> Iterator[Path]:

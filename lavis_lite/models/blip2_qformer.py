@@ -323,7 +323,7 @@ class Blip2QFormer(Blip2Base):
             image: [B, 3, H, W]. text: one for all images, or one each.
             method: "gradcam": cross-attention weights times the score's positive gradients in them. "attention": the
                 weights alone, the mean over queries, heads and blocks of the ITM pass; it knows no words. "occlusion":
-                how far the score falls when a part of the picture is covered, a forward pass of everything for each part.
+                how far the score falls when a part of the picture is covered, a pass of everything for each part.
             score: what is explained, "itm" or "itg", see `lavis_lite.models.explain`.
 
         Raises InputError for another method or score, a text without a word, images and texts that don't fit together.

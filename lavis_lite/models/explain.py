@@ -6,7 +6,7 @@ What is explained is a score of some words of a text, all of them or one:
   places (docs/explain.md has the measurement).
 - "itg": the log-probability that the ITG decoder says these words of the picture, each after the words before it.
 
-B pairs, R rows (a row is one score of one pair), I images, P image tokens, T text tokens, L blocks that look at the image.
+B pairs, R rows (a row is one score of one pair), I images, T text tokens, h x w image tokens, L blocks that see them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def explain(
     per_word: bool,
 ) -> list[Explanation]:
     """See `Blip2QFormer.explain`; here `texts` are one for each image."""
-    _check(texts, method, score, per_word)
+    check_request(texts, method, score, per_word)
     words = [model.tokenizer.words(text, max_length=model.max_txt_len) for text in texts]
     rows = _rows(model.tokenize(texts), words if per_word else [[] for _ in texts])
     with torch.no_grad():
@@ -120,7 +120,8 @@ def explain(
     ]
 
 
-def _check(texts: Sequence[str], method: str, score: str, per_word: bool) -> None:
+def check_request(texts: Sequence[str], method: str, score: str, per_word: bool) -> None:
+    """InputError for what can't be explained, whatever the model."""
     for kind, given, names in (("method", method, get_args(Method)), ("score", score, get_args(Score))):
         if given not in names:
             hint = closest(given, names)
