@@ -9,6 +9,7 @@ import lavis_lite
 from lavis_lite.commands.capfilt import capfilt_main
 from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.data import data_main
+from lavis_lite.commands.explain import explain_main
 from lavis_lite.commands.features import features_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
@@ -25,6 +26,7 @@ COMMANDS = {
     "tokenizer": tokenizer_main,
     "generate": generate_main,
     "answer": answer_main,
+    "explain": explain_main,
     "convert": convert_main,
     "features": features_main,
     "shards": shards_main,

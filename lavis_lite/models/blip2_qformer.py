@@ -22,6 +22,7 @@ from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
+from lavis_lite.models.explain import Explanation, Method, Score, explain
 from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.qformer_decoder import QFormerDecoder
 from lavis_lite.models.qformer_states import ImageKV, PairStart, QueryStates, Shares
@@ -317,6 +318,29 @@ class Blip2QFormer(Blip2Base):
     def compute_itm(self, samples: Mapping[str, Any]) -> Tensor:
         """ITM score of each pair [B]: the probability that image and text match, in [0, 1]."""
         return self.match_logits(*self._pairs(samples)).float().softmax(-1)[:, 1]
+
+    def explain(
+        self,
+        image: Tensor,
+        text: str | Sequence[str],
+        *,
+        method: Method = "gradcam",
+        score: Score = "itg",
+        per_word: bool = False,
+    ) -> list[Explanation]:
+        """Where in each image the evidence for its text lies, and if asked for each of its words.
+
+        Args:
+            image: [B, 3, H, W]. text: one for all images, or one each.
+            method: "gradcam": cross-attention weights times the score's positive gradients in them. "attention": the
+                weights alone, the mean over queries, heads and blocks of the ITM pass; it knows no words. "occlusion":
+                how far the score falls when a part of the picture is covered, a pass of everything for each part.
+            score: what is explained, "itm" or "itg", see `lavis_lite.models.explain`.
+
+        Raises InputError for another method or score, a text without a word, images and texts that don't fit together.
+        """
+        texts = complete_samples({"image": image, "text_input": text})["text_input"]
+        return explain(self, image.to(self.device), texts, method=method, score=score, per_word=per_word)
 
     def _pairs(self, samples: Mapping[str, Any]) -> tuple[Tensor, TextTokens]:
         batch = complete_samples(samples)

@@ -107,12 +107,12 @@ def _page(
     return page(f"{name}: report", name, " · ".join(fact for fact in facts if fact), body)
 
 
-def page(title: str, heading: str, note: str, body: Sequence[str]) -> str:
-    """A page in the reports' style; `body` is HTML, the rest text."""
+def page(title: str, heading: str, note: str, body: Sequence[str], *, style: str = "") -> str:
+    """A whole HTML page; title, heading and note are text, `body` is HTML, `style` is laid over the report's own."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><header>"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><header>"
         f'<h1>{escape(heading)}</h1><p class="note">{escape(note)}</p></header>\n'
         "<main>" + "\n".join(body) + "</main></body></html>\n"
     )
