@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import lavis_lite
 from lavis_lite.commands.convert import convert_main
+from lavis_lite.commands.index import index_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.run import evaluate_main, train_main
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": generate_main,
     "answer": answer_main,
     "convert": convert_main,
+    "index": index_main,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import struct
 import warnings
@@ -38,19 +39,25 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises UnreadableSample when the file is missing, truncated, or no picture.
     """
     name = os.fspath(path)
+    return decode_image(name, name)
+
+
+def decode_image(source: str | io.BytesIO, name: str) -> Image.Image:
+    """The picture in a file or in bytes, as `read_image` gives it. name: what a message calls it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # odd metadata, palettes with byte transparency: the picture is fine
-            with Image.open(name) as image:
+            with Image.open(source) as image:
                 image.load()
                 _turn_upright(image)
                 return to_rgb(image)
     except FileNotFoundError as error:
         raise UnreadableSample(name, "no such file") from error
     except UnidentifiedImageError as error:
-        reason = "the file is empty" if Path(name).stat().st_size == 0 else "not a picture"
+        empty = Path(source).stat().st_size == 0 if isinstance(source, str) else not source.getvalue()
+        reason = "the file is empty" if empty else "not a picture"
         raise UnreadableSample(name, reason) from error
     except Image.DecompressionBombError as error:
         raise UnreadableSample(name, "more pixels than Pillow allows (Image.MAX_IMAGE_PIXELS)") from error

@@ -104,13 +104,17 @@ def _page(
         rest.append(section("Configuration", opened, note="As resolved: with it the run can be repeated."))
     # Results first: what a reader came for. Curves explain them.
     body = [rest[0], _curves(log_rows, light), *rest[1:]]
-    said = escape(" · ".join(fact for fact in facts if fact))
+    return page(f"{name}: report", " · ".join(fact for fact in facts if fact), "\n".join(body), heading=name)
+
+
+def page(title: str, note: str, body: str, *, heading: str | None = None) -> str:
+    """A whole page; `body` is HTML, the rest text. heading: above it, by default the title."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}: report</title><style>{STYLE}</style></head>\n<body><header>"
-        f'<h1>{escape(name)}</h1><p class="note">{said}</p></header>\n'
-        "<main>" + "\n".join(body) + "</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><header>"
+        f'<h1>{escape(heading or title)}</h1><p class="note">{escape(note)}</p></header>\n'
+        f"<main>{body}</main></body></html>\n"
     )
 
 
