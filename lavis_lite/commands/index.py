@@ -78,12 +78,13 @@ def _check(args: argparse.Namespace) -> None:
     from lavis_lite.search import check_index
 
     manifest = check_index(args.index)
-    candidates = manifest.candidates
-    how = f"{candidates.factory}, recall {candidates.recall:.4f}" if candidates else "exact search"
+    found = manifest.candidates
+    how = f"{found.factory}, recall {found.recall:.4f}" if found else "exact search"
+    size = sum(file.bytes for file in manifest.files()) / 2**20
     print(
-        f"'{args.index}' is sound: {manifest.images - manifest.num_deleted} images (and {manifest.num_deleted} deleted) "
-        f"of {manifest.queries} vectors of {manifest.width} numbers in {manifest.dtype}; {how}; "
-        f"built by {manifest.model['model']}, {sum(file.bytes for file in manifest.files())} bytes"
+        f"'{args.index}' is sound: {manifest.images - manifest.num_deleted} images, {manifest.num_deleted} deleted, "
+        f"{manifest.queries} vectors each of {manifest.width} numbers in {manifest.dtype}; {how}; {size:.1f} MiB; "
+        f"built by {manifest.model['model']}"
     )
 
 
@@ -110,7 +111,9 @@ def _search(args: argparse.Namespace) -> None:
         write_contact_sheet(Path(args.html), query, hits, searched=searched)
     if args.json:
         print(as_json(query, hits))
-    elif not args.html:
+    elif args.html:
+        print(f"{len(hits)} images in '{args.html}'")
+    else:
         Console().print(as_table(hits))
 
 

@@ -1,4 +1,4 @@
-"""What changes an index: building, adding, deleting, compacting. Each ends by replacing index.json, or changes nothing."""
+"""What changes an index: building, adding, deleting, compacting; each ends by replacing index.json."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ from lavis_lite.search import candidates
 from lavis_lite.search.candidates import CandidateIndex
 from lavis_lite.search.encode import encode_pictures
 from lavis_lite.search.encoding import Encoder
-from lavis_lite.search.journal import Journal, write_names
+from lavis_lite.search.journal import Journal, write_part
 from lavis_lite.search.manifest import (
     BUILDING,
     MANIFEST,
-    NAMES,
     PARTS,
-    VECTORS,
     Candidates,
     FileSum,
     Manifest,
-    PartEntry,
     fresh_name,
     load_manifest,
 )
@@ -166,24 +163,10 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
         _clean(root, manifest)
         if (root / BUILDING).exists():
             raise DataError(f"'{root}' has an unfinished add: finish it first, by the same command")
-        store, name = Store(root, manifest), fresh_name()
-        part = root / PARTS / name
-        part.mkdir(parents=True)
-        with (part / VECTORS).open("wb") as file:
-            for start, images in store.blocks():
-                kept = images[store.alive[start : start + len(images)]]
-                file.write(kept.numpy().astype(DTYPES[manifest.dtype]).tobytes())
-        names = [found for _, found in store.names()]
-        write_names(part / NAMES, names)
-        files = tuple(FileSum.of(root, f"{PARTS}/{name}/{file}") for file in (VECTORS, NAMES))
-        before = manifest.images
-        manifest = replace(
-            manifest,
-            parts=(PartEntry(name, len(names), files),),
-            deleted=None,
-            num_deleted=0,
-            candidates=None,
-        )
+        store, before = Store(root, manifest), manifest.images
+        names = [name for _, name in store.names()]
+        part = write_part(root, names, lambda target: _write_living(store, target))
+        manifest = replace(manifest, parts=(part,), deleted=None, num_deleted=0, candidates=None)
         manifest = _with_candidates(root, manifest, BuildOptions(kind=manifest.kind), None)
         manifest.save(root)
         _clean(root, manifest)
@@ -309,6 +292,14 @@ def _clean(root: Path, manifest: Manifest) -> None:
     for folder in (root / PARTS).glob("*"):
         if folder.name not in {part.name for part in manifest.parts}:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_living(store: Store, target: Path) -> None:
+    """The vectors of all images that aren't deleted, as they are stored."""
+    with target.open("wb") as file:
+        for start, images in store.blocks():
+            kept = images[store.alive[start : start + len(images)]]
+            file.write(kept.numpy().astype(DTYPES[store.manifest.dtype]).tobytes())
 
 
 def _shape_of(encoder: Encoder) -> tuple[int, int]:

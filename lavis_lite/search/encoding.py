@@ -20,6 +20,7 @@ from lavis_lite.api import load_model, load_preprocess
 from lavis_lite.common.config import load_model_preset
 from lavis_lite.common.device import autocast, choose_device, choose_precision
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.hub import PREFIX
 
 NEEDED = ("query_features", "text_features", "match_logits", "project_image")
 
@@ -79,7 +80,7 @@ class Encoder:
     @property
     def temperature(self) -> float:
         """ITC's, by which cosines are divided."""
-        return float(self.model.temp)
+        return float(self.model.temp.detach())
 
     def _autocast(self) -> Any:
         return autocast(self.model.device, self.precision)
@@ -94,11 +95,9 @@ def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = 
     if not slash:
         raise ConfigError(f"--model '{choice.model}': give a name and a type, e.g. blip2/shapes")
     where = choose_device(device)
-    checkpoint = (
-        str(Path(choice.checkpoint).expanduser().absolute())
-        if _is_path(choice.checkpoint)
-        else choice.checkpoint
-    )
+    checkpoint = choice.checkpoint
+    if checkpoint is not None and not checkpoint.startswith(PREFIX):
+        checkpoint = str(Path(checkpoint).expanduser().absolute())
     model = load_model(name, model_type, True, str(where), checkpoint)
     if not all(hasattr(model, method) for method in NEEDED):
         raise ConfigError(f"--model '{choice.model}': search needs a stage-1 model, such as blip2/shapes")
@@ -121,7 +120,3 @@ def fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(memoryview(content.numpy()))
     return digest.hexdigest()[:32]
-
-
-def _is_path(checkpoint: str | None) -> bool:
-    return checkpoint is not None and ":" not in checkpoint

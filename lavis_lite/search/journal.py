@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,8 +46,8 @@ class Journal:
         self.unreadable: dict[str, str] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_header(header)
-        self._vectors = open(self.folder / VECTORS, "ab+")
-        self._batches = open(self.folder / BATCHES, "ab+")
+        self._vectors = open(self.folder / VECTORS, "ab+")  # noqa: SIM115  # closed by __exit__
+        self._batches = open(self.folder / BATCHES, "ab+")  # noqa: SIM115
         self._recover()
 
     def __enter__(self) -> Journal:
@@ -74,17 +74,8 @@ class Journal:
 
     def finish(self) -> PartEntry:
         """Make a part of the index of it; it belongs to the index once a manifest names it."""
-        name = fresh_name()
-        part = self.root / PARTS / name
-        part.mkdir(parents=True)
         self.__exit__(None, None, None)
-        write_names(part / NAMES, self.names)
-        _same_file(self.folder / VECTORS, part / VECTORS)
-        for path in (part / NAMES, part / VECTORS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        files = tuple(FileSum.of(self.root, f"{PARTS}/{name}/{file}") for file in (VECTORS, NAMES))
-        return PartEntry(name, len(self.names), files)
+        return write_part(self.root, self.names, lambda target: _same_file(self.folder / VECTORS, target))
 
     def remove(self) -> None:
         """Forget it, once its images are in the index."""
@@ -154,6 +145,20 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return batch if isinstance(batch, dict) else None
+
+
+def write_part(root: Path, names: Sequence[str], write_vectors: Callable[[Path], object]) -> PartEntry:
+    """Write a part of the index at `root`, its vectors by `write_vectors(file)`; for a manifest to name it."""
+    name = fresh_name()
+    part = root / PARTS / name
+    part.mkdir(parents=True)
+    write_names(part / NAMES, names)
+    write_vectors(part / VECTORS)
+    for path in (part / NAMES, part / VECTORS):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files = tuple(FileSum.of(root, f"{PARTS}/{name}/{file}") for file in (VECTORS, NAMES))
+    return PartEntry(name, len(names), files)
 
 
 def write_names(path: Path, names: Sequence[str]) -> None:

@@ -21,8 +21,8 @@ ATTEMPTS = 3
 class ImageIndex:
     """An index opened for search by vectors; `store` has the names.
 
-    Files are checked by their SHA-256, the stored vectors (they may be many) only where search is exact and reads all of
-    them anyway; `check_index` reads everything.
+    Files are checked by their SHA-256, the stored vectors (they may be many) only where search is exact and reads all
+    of them anyway; `check_index` reads everything.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:

@@ -96,7 +96,7 @@ def _of_tar(shard: str) -> Iterator[str]:
                 if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES:
                     yield f"{shard}::{member.name}@{member.offset_data}+{member.size}"
                 last = f"member {member.name}"
-                archive.members = []  # else they pile up
+                archive.members = []  # type: ignore[attr-defined]  # else they pile up
     except (tarfile.TarError, OSError) as error:
         logger.warning("%s is broken after %s (%s); the pictures before that are used", shard, last, error)
 

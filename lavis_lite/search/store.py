@@ -17,7 +17,7 @@ from torch import Tensor
 from lavis_lite.search.journal import each_name, read_names
 from lavis_lite.search.manifest import NAMES, PARTS, VECTORS, Manifest
 
-DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 # Numbers converted to float32 at a time, 64 MiB; and bytes in float32 up to which they are kept for the next search.
 BLOCK = 1 << 24
 KEPT_BYTES = 2 << 30
@@ -81,6 +81,10 @@ class Store:
                 kept.append(block)
             yield block
         self._kept = kept if few else None
+
+    def forget_blocks(self) -> None:
+        """Give the memory back that `blocks` kept for the next time."""
+        self._kept = None
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, BLOCK // (self.manifest.queries * self.manifest.width))
