@@ -44,14 +44,14 @@ def choose_factory(kind: str, vectors: int, width: int) -> str | None:
     """
     if kind == "flat" or (kind == "auto" and vectors <= EXACT_VECTORS):
         return None
-    codes = f"PQ{width // 2 if width % 2 == 0 else width}"
     if kind == "hnsw":
-        return f"HNSW32_{codes}"
+        return "HNSW32_SQ8"  # over product codes, HNSW32_PQ, training didn't end in faiss 1.15.1
     if kind not in ("auto", "ivfpq"):
         return kind
     cells = 2 ** max(4, round(math.log2(4 * math.sqrt(vectors))))
     graph = "_HNSW32" if cells > GRAPH_CELLS else ""
-    return f"IVF{cells}{graph},{codes}x4fs"
+    codes = width // 2 if width % 2 == 0 else width
+    return f"IVF{cells}{graph},PQ{codes}x4fs"
 
 
 @dataclass
