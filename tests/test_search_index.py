@@ -49,7 +49,9 @@ def test_a_broken_picture_is_counted_logged_and_left_out(tmp_path: Path) -> None
     (tmp_path / "pictures" / "below" / "002.png").write_bytes(b"no picture")
     (tmp_path / "pictures" / "notes.txt").write_text("not looked at")
     with warnings_logged() as messages:
-        done = build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder(), BuildOptions(batch_size=2))
+        done = build_index(
+            tmp_path / "pictures", tmp_path / "idx", colour_encoder(), BuildOptions(batch_size=2)
+        )
     assert (done.images, done.changed, done.unreadable, done.recall) == (4, 4, 1, None)
     assert len(messages) == 1 and "002.png: not a picture" in messages[0]
     assert names_of(tmp_path / "idx") == ["000.png", "001.png", "003.png", "004.png"]
@@ -107,7 +109,9 @@ def test_what_a_crash_left_half_written_is_cut_off(damage: str, tmp_path: Path) 
         with (building / "vectors.bin").open("r+b") as file:
             file.truncate(3 * QUERIES * WIDTH * 2 + 5)  # within the second batch
     encoder = colour_encoder()
-    assert build_index(tmp_path / "pictures", tmp_path / "idx", encoder, BuildOptions(batch_size=2)).images == 6
+    assert (
+        build_index(tmp_path / "pictures", tmp_path / "idx", encoder, BuildOptions(batch_size=2)).images == 6
+    )
     assert encoder.model.images_seen == {"line": 2, "vectors": 4, "both": 4}[damage]
     check_index(tmp_path / "idx")
     assert names_of(tmp_path / "idx") == [f"{number:03}.png" for number in range(6)]
@@ -131,7 +135,9 @@ def interrupted(folder: Path, *, batches: int, images: str = "pictures") -> None
 def test_an_unfinished_build_is_not_gone_on_with_by_another_model(tmp_path: Path) -> None:
     save_pictures(tmp_path / "pictures", 6)
     interrupted(tmp_path, batches=1)
-    with pytest.raises(DataError, match=r"building' was begun with model colours/test 0+, not colours/test 0+7; go on"):
+    with pytest.raises(
+        DataError, match=r"building' was begun with model colours/test 0+, not colours/test 0+7; go on"
+    ):
         build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder(7))
 
 
@@ -189,7 +195,9 @@ def test_an_index_is_replaced_at_once_and_only_if_asked(built: Path, tmp_path: P
     assert len(names_of(built)) == 3 and len(list((built / "parts").iterdir())) == 1
 
 
-@pytest.mark.parametrize("file", ["vectors.bin", "names.arrow", "index.json", "deleted-*.npy", "candidates-*.faiss"])
+@pytest.mark.parametrize(
+    "file", ["vectors.bin", "names.arrow", "index.json", "deleted-*.npy", "candidates-*.faiss"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_corruption_is_one_clear_line(file: str, damage: str, tmp_path: Path) -> None:
     save_pictures(tmp_path / "pictures", 20)
@@ -204,21 +212,19 @@ def test_corruption_is_one_clear_line(file: str, damage: str, tmp_path: Path) ->
     if damage == "gone":
         victim.unlink()
     else:
-        victim.write_bytes(content if damage == "flip" else content[:-1])
+        victim.write_bytes(content if damage == "flip" else content[:-9])
     said = "no index at" if (file, damage) == ("index.json", "gone") else "corrupt index: "
-    cut_after_newline = (file, damage) == ("index.json", "cut")  # JSON is whole without its last newline
     for opened in (open_index, check_index):
-        if cut_after_newline:
-            opened(tmp_path / "idx")
-            continue
         with pytest.raises(DataError, match=said) as caught:
             opened(tmp_path / "idx")
         assert "\n" not in str(caught.value)
 
 
 def test_another_model_is_refused(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"was built by colours/test \(weights 00000000\), and this is colours/test"):
-        Searcher(open_index(built), colour_encoder(2**120))
+    with pytest.raises(
+        DataError, match=r"was built by colours/test \(weights 00000000\), and this is colours/test"
+    ):
+        Searcher(open_index(built), colour_encoder(5))
     with pytest.raises(DataError, match="name that model with --model"):
         add_images(tmp_path / "pictures", built, colour_encoder(5))
 

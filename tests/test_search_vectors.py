@@ -58,7 +58,9 @@ def test_vectors_in_fp16_are_as_near_as_fp16_is(tmp_path: Path) -> None:
     images = draw_vectors(40, 3, 16)
     store = make_store(tmp_path, images, dtype="fp16")
     assert (store.gather(torch.arange(40)) - images).abs().max() < 2**-11
-    assert (tmp_path / "parts" / store.manifest.parts[0].name / "vectors.bin").stat().st_size == 40 * 3 * 16 * 2
+    assert (
+        tmp_path / "parts" / store.manifest.parts[0].name / "vectors.bin"
+    ).stat().st_size == 40 * 3 * 16 * 2
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,10 @@ def test_an_approximate_index_is_tuned_to_its_target(kind: str, tmp_path: Path) 
 
 def recall(index: CandidateIndex, store: Any, images: Tensor, asked: Tensor) -> float:
     rows = index.search(store, asked, 100)[1].tolist()
-    right = [len({*found} & {*brute(images, query, store.alive, 100)}) for found, query in zip(rows, asked, strict=True)]
+    right = [
+        len({*found} & {*brute(images, query, store.alive, 100)})
+        for found, query in zip(rows, asked, strict=True)
+    ]
     return sum(right) / (100 * len(asked))
 
 
