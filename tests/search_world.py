@@ -1,4 +1,4 @@
-"""A model without training whose vectors are known, and pictures that it tells apart: what the tests of search build on.
+"""A model without training whose vectors are known, and pictures that it tells apart, for the tests of search.
 
 Run as a script it builds an index slowly, for a test that kills it: search_world.py PICTURES IDX LOG.
 """

@@ -182,7 +182,9 @@ def test_deleted_images_are_not_found_and_compacting_removes_them(built: Path, t
 
 def test_an_index_is_replaced_at_once_and_only_if_asked(built: Path, tmp_path: Path) -> None:
     save_pictures(tmp_path / "other", 3, seed=4)
-    with pytest.raises(DataError, match="there is an index at .* already: `index add` adds to it, --replace"):
+    with pytest.raises(
+        DataError, match=r"there is an index at .* already: `index add` adds to it, --replace"
+    ):
         build_index(tmp_path / "other", built, colour_encoder())
     reader = Searcher(open_index(built), colour_encoder())
     broken = colour_encoder(1)
