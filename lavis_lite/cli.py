@@ -11,6 +11,7 @@ from lavis_lite.commands.convert import convert_main
 from lavis_lite.commands.data import data_main
 from lavis_lite.commands.explain import explain_main
 from lavis_lite.commands.features import features_main
+from lavis_lite.commands.index import index_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
 from lavis_lite.commands.plan import plan_main
@@ -32,6 +33,7 @@ COMMANDS = {
     "shards": shards_main,
     "data": data_main,
     "capfilt": capfilt_main,
+    "index": index_main,
 }
 
 

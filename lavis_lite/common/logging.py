@@ -143,8 +143,10 @@ class ProgressDisplay:
     Lines come with every logged row at first, then at most every `line_seconds`.
     """
 
-    def __init__(self, total: int, done: int, *, shown: bool = True, line_seconds: float = 10.0) -> None:
-        self.total = total
+    def __init__(
+        self, total: int, done: int, *, shown: bool = True, line_seconds: float = 10.0, unit: str = "step"
+    ) -> None:
+        self.total, self.unit = total, unit
         self.first = self.done = done
         self.line_seconds = line_seconds
         self._shown = shown
@@ -196,4 +198,4 @@ class ProgressDisplay:
         done, left = self.done - self.first, ""
         if done > 1 and self.done < self.total:
             left = f"  {duration((now - self._started) / done * (self.total - self.done))} left"
-        get_logger().info("step %d/%d  %s%s", self.done, self.total, progress_text(values), left)
+        get_logger().info("%s %d/%d  %s%s", self.unit, self.done, self.total, progress_text(values), left)
