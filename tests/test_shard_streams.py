@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import itertools
 import threading
@@ -220,6 +221,13 @@ def test_addresses_and_commands_give_what_files_give(pattern: str, address: str)
     local = captions(take(TrainLoader([build(pattern)], batch_size=6), 7))
     for other in (address, f"pipe:cat {pattern}"):
         assert captions(take(TrainLoader([build(other, stream=None)], batch_size=6), 7)) == local
+
+
+def test_compressed_tars_are_streamed(pattern: str, tmp_path: Path) -> None:
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.with_suffix(".tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    packed = captions(take(TrainLoader([build(f"{pattern}.gz", stream=None)], batch_size=6), 7))
+    assert packed == captions(take(TrainLoader([build(pattern)], batch_size=6), 7))
 
 
 def test_an_address_or_command_that_fails_says_so(address: str) -> None:
