@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -195,11 +196,12 @@ def _said(model: Blip2QFormer, images: ImageKV, rows: _Rows) -> Tensor:
 
 def _gradcam(model: Blip2QFormer, images: ImageKV, rows: _Rows, score: Score) -> tuple[Tensor, Tensor]:
     """Maps [R, h, w] and scores [R]: attention weight times the score's gradient in it, where that is positive."""
-    values, effects = 0.0, 0.0
-    for sign, part in _parts(model, rows, score):
-        value, effect = attention_effects(model.Qformer, images, lambda part=part: part(images))
-        values, effects = values + sign * value, effects + sign * effect
-    assert isinstance(values, Tensor) and isinstance(effects, Tensor)
+    found = [
+        (sign, attention_effects(model.Qformer, images, partial(part, images)))
+        for sign, part in _parts(model, rows, score)
+    ]
+    values = torch.stack([sign * value for sign, (value, _) in found]).sum(0)
+    effects = torch.stack([sign * effect for sign, (_, effect) in found]).sum(0)
     return as_grid(effects.clamp(min=0).sum((0, 2, 3))), values
 
 
