@@ -11,9 +11,9 @@ B pairs, R rows (a row is one score of one pair), I images, T text tokens, h x w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -197,11 +197,11 @@ def _said(model: Blip2QFormer, images: ImageKV, rows: _Rows) -> Tensor:
 def _gradcam(model: Blip2QFormer, images: ImageKV, rows: _Rows, score: Score) -> tuple[Tensor, Tensor]:
     """Maps [R, h, w] and scores [R]: attention weight times the score's gradient in it, where that is positive."""
     found = [
-        (sign, *attention_effects(model.Qformer, images, functools.partial(part, images)))
+        (sign, attention_effects(model.Qformer, images, partial(part, images)))
         for sign, part in _parts(model, rows, score)
     ]
-    effects = torch.stack([sign * effect for sign, _, effect in found]).sum(0)
-    values = torch.stack([sign * value for sign, value, _ in found]).sum(0)
+    values = torch.stack([sign * value for sign, (value, _) in found]).sum(0)
+    effects = torch.stack([sign * effect for sign, (_, effect) in found]).sum(0)
     return as_grid(effects.clamp(min=0).sum((0, 2, 3))), values
 
 
