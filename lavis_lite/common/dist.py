@@ -19,18 +19,18 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT_MINUTES = 30.0
 
 T = TypeVar("T")
 
 _alone = False
 
 
-def init() -> None:
+def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the process group that torchrun describes in the environment; without torchrun do nothing.
 
-    Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than 30 minutes
-    for another fails, and torchrun then ends the others.
+    Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than
+    timeout_minutes for another fails, and torchrun then ends the others.
     """
     if torch_dist.is_initialized() or not _is_one_of_several():
         return
@@ -38,7 +38,7 @@ def init() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT)
+    torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
 
 def shutdown() -> None:

@@ -64,7 +64,7 @@ class Runner:
         Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
-        dist.init()
+        dist.init(self.cfg.run.timeout)
         if self._set_up():
             with self.signals, self.progress:
                 if self._owes_evaluation():
@@ -149,13 +149,8 @@ class Runner:
         """Clip, check and apply the gradients. What ranks must agree on travels in one collective:
         the scalars, whether to skip (a value not finite on one rank is so in the mean), stop and save."""
         parts, run = self.parts, self.cfg.run
-        groups = parts.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         parts.scaler.unscale_(parts.optimizer)
-        if run.max_grad_norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+        norm = parts.strategy.clip_gradients(parts.optimizer, run.max_grad_norm)
         wishes = {"_stop": float(self.signals.received is not None), "_save": float(self._minutes_are_over())}
         values = dist.reduce_mean({**sums, "grad_norm": norm, **wishes})
         self.stopping = values.pop("_stop") > 0.0
@@ -225,9 +220,10 @@ class Runner:
     def validate(self) -> None:
         """Evaluate the validation splits, log their metrics, and note a new best."""
         run, state = self.cfg.run, self.state
-        self.results = ev.evaluate_splits(
-            self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
-        )
+        with self.parts.strategy.whole(self.parts.wrapped):
+            self.results = ev.evaluate_splits(
+                self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
+            )
         if not self.results:
             return
         known, state.evaluated_step = state.evaluated_step == state.step, state.step
@@ -249,7 +245,9 @@ class Runner:
     def save(self) -> None:
         """Write this step's checkpoint; keep the newest keep_last and the best."""
         run, state, parts = self.cfg.run, self.state, self.parts
-        weights = parts.strategy.unwrap(parts.wrapped).trainable_state_dict()  # type: ignore[operator]  # BaseModel's
+        # Where they are sharded all ranks take part in putting them together.
+        weights = parts.strategy.model_tensors(parts.model)
+        moments = parts.strategy.optimizer_tensors(parts.optimizer)
         self._saved_at = time.monotonic()
         folder = self.run_dir / ckpt.FOLDER
         self.saved = ckpt.step_dir(folder, state.step)
@@ -268,7 +266,7 @@ class Runner:
             folder,
             state.step,
             model=weights,
-            optimizer=optim.optimizer_tensors(parts.optimizer),
+            optimizer=moments,
             state=content,
         )
         ckpt.prune(folder, keep_last=run.keep_last, best_step=state.best["step"] if state.best else None)
@@ -339,7 +337,7 @@ class Runner:
 
         Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
         """
-        dist.init()
+        dist.init(self.cfg.run.timeout)
         run = self.cfg.run
         base, source = build_for_evaluation(self.cfg)
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
