@@ -30,7 +30,14 @@ from lavis_lite.parallel.base import build_strategy
 STEPS, ROWS = 5, 8
 RUNS = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("fairscale", 2), ("fairscale", 4)]
 BLOCKS = {"name": "shapes_vit", "width": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
-WORDS = ["dogs", "a cat", "a dog runs", "the big blue cat sits on a mat", "a red dog and a cat", "the mat runs"]
+WORDS = [
+    "dogs",
+    "a cat",
+    "a dog runs",
+    "the big blue cat sits on a mat",
+    "a red dog and a cat",
+    "the mat runs",
+]
 Case = tuple[Callable[[Path], nn.Module], Callable[[int], dict[str, Any]], int, bool]
 
 

@@ -28,12 +28,15 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
+from lavis_lite.runners.faults import naming_lost_ranks
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
 from lavis_lite.tasks.base import RunFacts
 
 logger = get_logger(__name__)
 
+# A rank whose data takes this much of a step longer than the others' is worth a warning.
+STRAGGLING = 0.2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -65,23 +68,33 @@ class Runner:
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
         dist.init(self.cfg.run.timeout)
-        if self._set_up():
-            with self.signals, self.progress:
-                if self._owes_evaluation():
-                    self.validate()
-                batches = self.parts.loader.batches(self.state.step * self.cfg.run.accum_grad_iters)
-                while not self.finished and not self.stopping:
-                    self.train_step(batches)
-                    self.log()
-                    if self._is_due(self.cfg.run.eval_every):
-                        self.validate()
-                    if self._save_is_due():
-                        self.save()
-                batches.close()
-            self._finish()
+        with naming_lost_ranks(self._where):
+            self._train()
         # Not after an error: other ranks may be waiting in a collective, and end because this one does.
         dist.shutdown()
         return RunResult(self.finished, self.state.step, self.saved, dict(self.state.metrics))
+
+    def _train(self) -> None:
+        if not self._set_up():
+            return
+        with self.signals, self.progress:
+            if self._owes_evaluation():
+                self.validate()
+            batches = self.parts.loader.batches(self.state.step * self.cfg.run.accum_grad_iters)
+            while not self.finished and not self.stopping:
+                self.train_step(batches)
+                self.log()
+                if self._is_due(self.cfg.run.eval_every):
+                    self.validate()
+                if self._save_is_due():
+                    self.save()
+            batches.close()
+        self._finish()
+
+    def _where(self) -> str:
+        """Where the run is, for the message of one that can't go on."""
+        kept = ckpt.newest(self.run_dir)
+        return f"at step {self.state.step + 1}; last good checkpoint: {kept or 'none yet'}; the same command continues it"
 
     def _set_up(self) -> bool:
         """Find where to start and build everything; False for a finished run, whose summary is printed."""
@@ -200,6 +213,7 @@ class Runner:
             "lr": parts.schedule(step - 1),
             "images_per_s": round(images / window.seconds, 2),
             "data_wait": round(window.wait / window.steps, 5),
+            **self._waits_of_ranks(window),
             "elapsed_s": round(self._elapsed(), 2),
             "skipped": self.state.skipped,
             "bad_images": parts.loader.bad_images,
@@ -209,6 +223,21 @@ class Runner:
         if self.log_file is not None:
             self.log_file.write("train", step, row)
         self.progress.show(row)
+
+    def _waits_of_ranks(self, window: Window) -> dict[str, Any]:
+        """Which rank waits longest for data, and how long a step; a warning where the others wait for it."""
+        if dist.world_size() == 1:
+            return {}
+        waits = [wait / window.steps for wait in dist.gather_objects(window.wait)]
+        slowest = max(range(len(waits)), key=waits.__getitem__)
+        others = (sum(waits) - waits[slowest]) / (len(waits) - 1)
+        step_s = window.seconds / window.steps
+        if waits[slowest] - others > STRAGGLING * step_s:
+            logger.warning(
+                "rank %d waits %.2f s a step for data, the others %.2f s, of %.2f s: all wait for its disk or workers",
+                slowest, waits[slowest], others, step_s,
+            )  # fmt: skip
+        return {"slowest_data_rank": slowest, "slowest_data_wait": round(waits[slowest], 5)}
 
     def _epoch(self) -> float:
         return self.state.step * self.cfg.run.accum_grad_iters / self.parts.loader.batches_per_epoch
