@@ -43,10 +43,10 @@ def test_as_one_process_with_the_joined_batch(
     """Five steps with clipping; accumulation, recomputed activations and an uneven last batch, as CASES say."""
     one, several = found["single", 1, case], found[name, world, case]
     assert several["losses"] == pytest.approx(one["losses"], rel=2e-5)
-    assert several["norms"] == pytest.approx(one["norms"], rel=1e-3)
+    assert several["norms"] == pytest.approx(one["norms"], rel=1e-4)
     assert several["weights"].keys() == one["weights"].keys()
     for key, weight in one["weights"].items():
-        torch.testing.assert_close(several["weights"][key], weight, rtol=1e-3, atol=2e-5, msg=key)
+        torch.testing.assert_close(several["weights"][key], weight, rtol=1e-4, atol=2e-6, msg=key)
 
 
 @pytest.mark.slow
