@@ -53,6 +53,8 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "strategy": {
         "lavis_lite.parallel.single": ["single"],
         "lavis_lite.parallel.ddp": ["ddp"],
+        "lavis_lite.parallel.fsdp2": ["fsdp2"],
+        "lavis_lite.parallel.fairscale": ["fairscale"],
     },
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,18 +20,19 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT_MINUTES = 30.0
 
 T = TypeVar("T")
 
 _alone = False
+_store: torch_dist.Store | None = None
 
 
-def init() -> None:
+def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the process group that torchrun describes in the environment; without torchrun do nothing.
 
-    Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than 30 minutes
-    for another fails, and torchrun then ends the others.
+    Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than
+    timeout_minutes for another fails, and torchrun then ends the others.
     """
     if torch_dist.is_initialized() or not _is_one_of_several():
         return
@@ -38,7 +40,12 @@ def init() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT)
+    global _store
+    timeout = timedelta(minutes=timeout_minutes)
+    meeting, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
+    _store = torch_dist.PrefixStore("lavis_lite", meeting)
+    group = torch_dist.PrefixStore("group", meeting)
+    torch_dist.init_process_group(backend, timeout=timeout, store=group, rank=own_rank, world_size=ranks)
 
 
 def shutdown() -> None:
@@ -71,6 +78,21 @@ def ending_process() -> Iterator[None]:
 
 def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def roll_call(seconds: float = 3.0) -> list[int]:
+    """The ranks that answer within some seconds, after an exchange has failed; none where even that can't be told.
+
+    Each rank that finds out leaves a mark in the store that the processes met at. torchrun's own outlives them all;
+    without torchrun it ends with rank 0.
+    """
+    try:
+        assert _store is not None
+        _store.set(f"present/{rank()}", "1")
+        time.sleep(seconds)
+        return [r for r in range(world_size()) if _store.check([f"present/{r}"])]
+    except RuntimeError:
+        return []
 
 
 def rank() -> int:

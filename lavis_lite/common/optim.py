@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,18 +86,26 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+Names = Mapping[nn.Parameter, str]
+
+
+def _names(optimizer: torch.optim.Optimizer) -> Names:
+    groups = optimizer.param_groups
+    return {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+
+
+def state_tensors(names: Names, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimiser's state as named tensors, `<parameter>|<field>`; names of parameters it doesn't have may be among
+    them."""
     for group in optimizer.param_groups:
-        yield from zip(group["names"], group["params"], strict=True)
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"{names[parameter]}|{key}", torch.as_tensor(value)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat named tensors, `<parameter>|<field>`, for safetensors."""
-    return {
-        f"{name}|{key}": torch.as_tensor(value)
-        for name, parameter in _named(optimizer)
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The optimiser's state as flat named tensors, for safetensors."""
+    return dict(state_tensors(_names(optimizer), optimizer))
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -105,12 +113,20 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
     Raises CheckpointError when the names or shapes are another model's.
     """
+    load_state_tensors(_names(optimizer), optimizer, tensors)
+
+
+def load_state_tensors(names: Names, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `state_tensors` gave, the parts of parameters that the optimiser has.
+
+    Raises CheckpointError when the names or shapes are another model's.
+    """
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("|")
         state.setdefault(name, {})[field] = tensor
-    names = dict(_named(optimizer))
-    unknown = sorted(set(state) - set(names))
+    parameters = {name: parameter for parameter, name in names.items()}
+    unknown = sorted(set(state) - set(parameters))
     # A parameter that never had a gradient has no state: absent is fine, unknown is not.
     if unknown:
         raise CheckpointError(
@@ -118,10 +134,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         )
     for name, fields in state.items():
         moments = [value for value in fields.values() if value.dim() > 0]
-        if any(value.shape != names[name].shape for value in moments):
+        if any(value.shape != parameters[name].shape for value in moments):
             raise CheckpointError(f"optimiser state of '{name}' has another shape than the parameter")
-    index = {name: i for i, (name, _) in enumerate(_named(optimizer))}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    by_index = {i: state[names[p]] for i, p in enumerate(own) if names[p] in state}
     # Through load_state_dict, which knows which fields live on which device.
     groups = optimizer.state_dict()["param_groups"]
-    by_index = {index[name]: fields for name, fields in state.items()}
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.feature_config import FeatureConfig
@@ -24,9 +24,13 @@ class RunConfig:
 
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # auto, single, ddp, fsdp2 or fairscale; the keywords of its class, such as cpu_offload: true for fsdp2.
     strategy: str = "auto"
+    strategy_options: dict[str, Any] = field(default_factory=dict)
     # torch.compile the model's blocks; without a working compiler the run goes on without, and says so.
     compile: bool = False
+    # Minutes that a process waits for another before the run fails.
+    timeout: float = 30.0
     num_threads: int | Literal["auto"] = "auto"
 
     # The length: one of the two.
@@ -93,5 +97,7 @@ class RunConfig:
         for name in ("max_steps", "max_epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.timeout <= 0:
+            raise ConfigError(f"run.timeout must be above 0 minutes, got {self.timeout}")
         if not 0.0 < self.lr_layer_decay <= 1.0:
             raise ConfigError(f"run.lr_layer_decay must be in (0, 1], got {self.lr_layer_decay}")

@@ -1,49 +1,130 @@
-"""The interface of a strategy, and what `auto` chooses."""
+"""The interface of a strategy, with what holds where every process has the whole model."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as torch_dist
+from torch import Tensor, nn
 
-from lavis_lite.common import dist
+from lavis_lite.common import dist, optim
+from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 
+AUTO = "auto"
 
-class Strategy(Protocol):
-    """What the runner asks of a strategy."""
+
+class Strategy:
+    """What the runner asks of a strategy; keywords of a subclass's `__init__` are `run.strategy_options`.
+
+    Every method is called on all ranks at the same time.
+    """
+
+    def prepare(
+        self, model: nn.Module, device: torch.device, *, betas: tuple[float, float], **grouping: float
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module whose forward and backward train the model, on the device, and its AdamW.
+
+        grouping: keywords of `optim.param_groups`.
+        """
+        wrapped = self.wrap(model.to(device), device)
+        return wrapped, optim.build_optimizer(optim.param_groups(model, **grouping), betas, device)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The module whose forward and backward train the model, already on its device."""
-        ...
-
-    def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """The model inside: for evaluation and checkpoints."""
-        ...
+        """The module whose forward and backward train a model that is on the device."""
+        return model
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """A context in which gradients accumulate on each rank without being exchanged."""
-        ...
+        return nullcontext()
+
+    def whole(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the model can be used on each rank alone, for evaluation."""
+        return nullcontext()
+
+    def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
+        """fp16's loss scaler."""
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+        """The norm of all gradients as one vector, scaled down to max_norm where one is given."""
+        parameters = [p for p in trained(optimizer) if p.grad is not None]
+        if max_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def model_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model, whole, on the main process; elsewhere it may be empty."""
+        tensors: dict[str, Tensor] = model.trainable_state_dict()  # type: ignore[operator]  # a BaseModel's
+        return tensors
+
+    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The optimiser's state as `optim.optimizer_tensors` names it; whole where `model_tensors` is."""
+        return optim.optimizer_tensors(optimizer)
+
+    def load_optimizer_tensors(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `optimizer_tensors` gave under any strategy, from whole tensors on every rank."""
+        optim.load_optimizer_tensors(optimizer, dict(tensors))
 
 
-def build_strategy(name: str) -> Strategy:
-    """The strategy of that name; `auto` is ddp with several processes and single with one.
+def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimiser, group by group."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    Raises ConfigError when the strategy doesn't fit the number of processes.
+
+def clip_shards(
+    mine: Iterable[Tensor], everyones: Iterable[Tensor], max_norm: float | None, device: torch.device
+) -> Tensor:
+    """The norm over ranks of gradients of which each has a part, scaled down to max_norm where one is given.
+
+    Args:
+        mine: parts that only this rank has. everyones: gradients that are the same on all ranks.
     """
-    if name == "auto":
-        name = "ddp" if dist.world_size() > 1 else "single"
+    mine, everyones = list(mine), list(everyones)
+    square = _sum_of_squares(mine, device)
+    torch_dist.all_reduce(square)
+    norm = (square + _sum_of_squares(everyones, device)).sqrt()
+    if max_norm is not None:
+        # As torch.nn.utils.clip_grad_norm_ does it.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in (*mine, *everyones):
+            grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    squares = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32).square().to(device) for g in grads]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+
+
+def check_strategy(name: str) -> None:
+    """Raise ConfigError for a strategy that isn't there or doesn't fit the number of processes."""
+    if name == AUTO:
+        return
+    registry.get_strategy_class(name)
     if name == "single" and dist.world_size() > 1:
         raise ConfigError(
             f"run.strategy: 'single' with {dist.world_size()} processes would train as many models that "
             "never meet; use ddp or auto"
         )
-    if name == "ddp" and dist.world_size() == 1:
+    if name != "single" and dist.world_size() == 1:
         raise ConfigError(
-            "run.strategy: 'ddp' needs several processes: use torchrun --nproc-per-node=<n>, or strategy auto"
+            f"run.strategy: '{name}' needs several processes: use torchrun --nproc-per-node=<n>, or strategy auto"
         )
-    strategy: Strategy = registry.get_strategy_class(name)()
+
+
+def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
+    """The strategy of that name with its options; `auto` as `auto.choose` has it for a model of no size.
+
+    Raises ConfigError when the strategy doesn't fit the number of processes, or has no such options.
+    """
+    check_strategy(name)
+    if name == AUTO:
+        name = "ddp" if dist.world_size() > 1 else "single"
+    strategy_class = registry.get_strategy_class(name)
+    strategy: Strategy = strategy_class(**bind(strategy_class, options, where="run.strategy_options"))
     return strategy

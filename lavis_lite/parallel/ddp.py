@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lite.common.registry import registry
+from lavis_lite.parallel.base import Strategy
 
 
 @registry.register_strategy("ddp")
-class DDPStrategy:
+class DDPStrategy(Strategy):
     """torch's DistributedDataParallel: NCCL on GPUs, gloo on CPUs."""
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -29,12 +30,6 @@ class DDPStrategy:
             device_ids=[device] if device.type == "cuda" else None,
             **settings,
         )
-
-    def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """The model inside."""
-        inner = wrapped.module
-        assert isinstance(inner, nn.Module)
-        return inner
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """DDP's own `no_sync`."""

@@ -28,12 +28,15 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
+from lavis_lite.runners.faults import naming_lost_ranks
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
 from lavis_lite.tasks.base import RunFacts
 
 logger = get_logger(__name__)
 
+# A rank whose data takes this much of a step longer than the others' is worth a warning.
+STRAGGLING = 0.2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -64,26 +67,37 @@ class Runner:
         Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
-        dist.init()
-        if self._set_up():
-            with self.signals, self.progress:
-                if self._owes_evaluation():
-                    self.validate()
-                batches = self.parts.loader.batches(
-                    self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
-                )
-                while not self.finished and not self.stopping:
-                    self.train_step(batches)
-                    self.log()
-                    if self._is_due(self.cfg.run.eval_every):
-                        self.validate()
-                    if self._save_is_due():
-                        self.save()
-                batches.close()
-            self._finish()
+        dist.init(self.cfg.run.timeout)
+        with naming_lost_ranks(self._where):
+            self._train()
         # Not after an error: other ranks may be waiting in a collective, and end because this one does.
         dist.shutdown()
         return RunResult(self.finished, self.state.step, self.saved, dict(self.state.metrics))
+
+    def _train(self) -> None:
+        if not self._set_up():
+            return
+        with self.signals, self.progress:
+            if self._owes_evaluation():
+                self.validate()
+            batches = self.parts.loader.batches(
+                self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
+            )
+            while not self.finished and not self.stopping:
+                self.train_step(batches)
+                self.log()
+                if self._is_due(self.cfg.run.eval_every):
+                    self.validate()
+                if self._save_is_due():
+                    self.save()
+            batches.close()
+        self._finish()
+
+    def _where(self) -> str:
+        """Where the run is, for the message of one that can't go on."""
+        kept = ckpt.newest(self.run_dir)
+        step = self.state.step + 1
+        return f"at step {step}; last good checkpoint: {kept or 'none yet'}; the same command continues it"
 
     def _set_up(self) -> bool:
         """Find where to start and build everything; False for a finished run, whose summary is printed."""
@@ -151,13 +165,8 @@ class Runner:
         """Clip, check and apply the gradients. What ranks must agree on travels in one collective:
         the scalars, whether to skip (a value not finite on one rank is so in the mean), stop and save."""
         parts, run = self.parts, self.cfg.run
-        groups = parts.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         parts.scaler.unscale_(parts.optimizer)
-        if run.max_grad_norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+        norm = parts.strategy.clip_gradients(parts.optimizer, run.max_grad_norm)
         wishes = {"_stop": float(self.signals.received is not None), "_save": float(self._minutes_are_over())}
         values = dist.reduce_mean({**sums, "grad_norm": norm, **wishes})
         self.stopping = values.pop("_stop") > 0.0
@@ -208,6 +217,7 @@ class Runner:
             "images_per_s": round(images / window.seconds, 2),
             "data_wait": round(window.wait / window.steps, 5),
             "data_wait_share": round(window.wait / window.seconds, 4),
+            **self._waits_of_ranks(window),
             "elapsed_s": round(self._elapsed(), 2),
             "skipped": self.state.skipped,
             "bad_images": parts.loader.bad_images,
@@ -217,6 +227,21 @@ class Runner:
         if self.log_file is not None:
             self.log_file.write("train", step, row)
         self.progress.show(row)
+
+    def _waits_of_ranks(self, window: Window) -> dict[str, Any]:
+        """Which rank waits longest for data, and how long a step; a warning where the others wait for it."""
+        if dist.world_size() == 1:
+            return {}
+        waits = [wait / window.steps for wait in dist.gather_objects(window.wait)]
+        slowest = max(range(len(waits)), key=waits.__getitem__)
+        others = (sum(waits) - waits[slowest]) / (len(waits) - 1)
+        step_s = window.seconds / window.steps
+        if waits[slowest] - others > STRAGGLING * step_s:
+            logger.warning(
+                "rank %d waits %.2f s a step for data, the others %.2f s, of %.2f s: all wait for its disk or workers",
+                slowest, waits[slowest], others, step_s,
+            )  # fmt: skip
+        return {"slowest_data_rank": slowest, "slowest_data_wait": round(waits[slowest], 5)}
 
     def _epoch(self) -> float:
         return self.state.step * self.cfg.run.accum_grad_iters / self.parts.loader.batches_per_epoch
@@ -228,9 +253,10 @@ class Runner:
     def validate(self) -> None:
         """Evaluate the validation splits, log their metrics, and note a new best."""
         run, state = self.cfg.run, self.state
-        self.results = ev.evaluate_splits(
-            self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
-        )
+        with self.parts.strategy.whole(self.parts.wrapped):
+            self.results = ev.evaluate_splits(
+                self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
+            )
         if not self.results:
             return
         known, state.evaluated_step = state.evaluated_step == state.step, state.step
@@ -252,7 +278,9 @@ class Runner:
     def save(self) -> None:
         """Write this step's checkpoint; keep the newest keep_last and the best."""
         run, state, parts = self.cfg.run, self.state, self.parts
-        weights = parts.strategy.unwrap(parts.wrapped).trainable_state_dict()  # type: ignore[operator]  # BaseModel's
+        # Where they are sharded all ranks take part in putting them together.
+        weights = parts.strategy.model_tensors(parts.model)
+        moments = parts.strategy.optimizer_tensors(parts.optimizer)
         self._saved_at = time.monotonic()
         folder = self.run_dir / ckpt.FOLDER
         self.saved = ckpt.step_dir(folder, state.step)
@@ -274,7 +302,7 @@ class Runner:
             folder,
             state.step,
             model=weights,
-            optimizer=optim.optimizer_tensors(parts.optimizer),
+            optimizer=moments,
             state=content,
         )
         ckpt.prune(folder, keep_last=run.keep_last, best_step=state.best["step"] if state.best else None)
@@ -345,7 +373,7 @@ class Runner:
 
         Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
         """
-        dist.init()
+        dist.init(self.cfg.run.timeout)
         run = self.cfg.run
         base, source = build_for_evaluation(self.cfg)
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)

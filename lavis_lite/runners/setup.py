@@ -23,7 +23,8 @@ from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.models.vision.tower import VisionTower
-from lavis_lite.parallel.base import Strategy, build_strategy
+from lavis_lite.parallel.auto import choose_strategy
+from lavis_lite.parallel.base import Strategy, build_strategy, check_strategy
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
@@ -60,8 +61,13 @@ class Parts(Base):
     max_steps: int
 
 
-def build_base(cfg: Config, *, model_cfg: Mapping[str, Any], threads: int | None = None) -> Base:
-    """Device, datasets, task and model. threads: those that `auto` once chose for the run continued here."""
+def build_base(
+    cfg: Config, *, model_cfg: Mapping[str, Any], threads: int | None = None, placed: bool = True
+) -> Base:
+    """Device, datasets, task and model.
+
+    threads: those that `auto` once chose for the run continued here. placed: false leaves the model on the CPU.
+    """
     run = cfg.run
     device = choose_device(run.device)
     if threads is None or run.num_threads != "auto" or threads > available_cores():
@@ -74,7 +80,9 @@ def build_base(cfg: Config, *, model_cfg: Mapping[str, Any], threads: int | None
         datasets = build_datasets(cfg.datasets)
     # The same weights on every rank, whatever drew random numbers before.
     torch.manual_seed(run.seed)
-    model = build_model(model_cfg).to(device)
+    model = build_model(model_cfg)
+    if placed:
+        model.to(device)
     args = EvalArgs(
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,
@@ -89,7 +97,7 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     """Everything training needs, with a checkpoint's contents where the run continues one."""
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
-    strategy = build_strategy(run.strategy)
+    check_strategy(run.strategy)
     if run.max_steps is None and run.max_epochs is None:
         raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
     if run.cache_features:
@@ -97,7 +105,10 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     schedule_class = registry.get_lr_scheduler_class(run.lr_sched)
     # A checkpoint holds the weights that other runs once gave.
     model_cfg = without_sources(cfg.model) if resumed else cfg.model
-    base = build_base(cfg, model_cfg=model_cfg, threads=state.num_threads if resumed else None)
+    threads = state.num_threads if resumed else None
+    # The strategy moves the model: one that is sharded may be too large for one device. An encoder whose features are
+    # to be stored works before that.
+    base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=run.cache_features)
     if run.cache_features:
         base.datasets = with_features(cfg, base.datasets, encoder_of(base))
     loader = build_loader(cfg, base.datasets)
@@ -106,12 +117,17 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
     if run.compile:
         compile_blocks(base.model, base.device)
-    wrapped = strategy.wrap(base.model, base.device)
-    groups = optim.param_groups(base.model, run.weight_decay, run.lr_layer_decay)
-    optimizer = optim.build_optimizer(groups, run.betas, base.device)
-    scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
+    strategy = build_strategy(choose_strategy(run.strategy, base.model, base.device), run.strategy_options)
+    wrapped, optimizer = strategy.prepare(
+        base.model,
+        base.device,
+        betas=run.betas,
+        weight_decay=run.weight_decay,
+        lr_layer_decay=run.lr_layer_decay,
+    )
+    scaler = strategy.scaler(base.device, enabled=base.precision == "fp16")
     if start.checkpoint is not None:
-        optim.load_optimizer_tensors(optimizer, ckpt.load_tensors(start.checkpoint / ckpt.OPTIMIZER))
+        strategy.load_optimizer_tensors(optimizer, ckpt.load_tensors(start.checkpoint / ckpt.OPTIMIZER))
         if state.scaler:
             scaler.load_state_dict(state.scaler)
     schedule = schedule_class(

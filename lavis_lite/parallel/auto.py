@@ -1,0 +1,67 @@
+"""What `run.strategy: auto` means: the simplest strategy whose model fits, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lavis_lite.common import dist
+from lavis_lite.common.logging import get_logger
+from lavis_lite.parallel.base import AUTO
+
+# The rest of a process's memory is for activations, buckets and what the allocator can't use.
+SHARE_FOR_STATE = 0.6
+GB = 1e9
+
+logger = get_logger(__name__)
+
+
+def choose_strategy(name: str, model: nn.Module, device: torch.device) -> str:
+    """The strategy that a name means; `auto` is chosen by the model's size, the memory and the number of processes.
+
+    One process: single. Several: ddp where weights, gradients and moments of the whole model take at most 60% of
+    a process's memory, else fsdp2. The reason is logged in one line.
+    """
+    if name != AUTO:
+        return name
+    if dist.world_size() == 1:
+        return "single"
+    needed, there = state_bytes(model), process_memory(device)
+    chosen = "ddp" if there is None or needed <= SHARE_FOR_STATE * there else "fsdp2"
+    # Machines may differ; strategies may not.
+    chosen = "fsdp2" if "fsdp2" in dist.gather_objects(chosen) else "ddp"
+    logger.info("strategy %s: %s", chosen, _reason(chosen, needed, there))
+    return chosen
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers, and of gradient and two moments for each trained parameter."""
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return held + 3 * trained
+
+
+def process_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world_size()
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _reason(chosen: str, needed: int, there: int | None) -> str:
+    size = f"weights, gradients and moments take {needed / GB:.2f} GB"
+    if there is None:
+        return f"{size}, and nothing tells how much memory there is"
+    limit = SHARE_FOR_STATE * there / GB
+    if chosen == "ddp":
+        return f"{size}, at most {SHARE_FOR_STATE:.0%} of a process's {there / GB:.1f} GB ({limit:.1f} GB)"
+    return (
+        f"{size}, more than {SHARE_FOR_STATE:.0%} of some process's memory (here {there / GB:.1f} GB): "
+        f"each of {dist.world_size()} keeps its part"
+    )

@@ -1,0 +1,128 @@
+"""fairscale's sharding: gradients and moments of the trained part anywhere, frozen blocks too where there is CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from lavis_lite.common import dist, optim
+from lavis_lite.common.errors import ConfigError, MissingDependencyError
+from lavis_lite.common.registry import registry
+from lavis_lite.parallel.base import Strategy, clip_shards
+from lavis_lite.parallel.blocks import transformer_blocks
+
+
+@registry.register_strategy("fairscale")
+class FairscaleStrategy(Strategy):
+    """OSS and ShardedDataParallel: each process averages and updates some of the parameters, and hands them out.
+
+    fairscale 0.4.13's FullyShardedDataParallel needs CUDA; there the frozen blocks of encoder and language model are
+    wrapped in it. On CPUs they are whole in every process.
+
+    Args:
+        checkpoint_blocks: recompute the activations of encoder and language model blocks in the backward pass
+            (fairscale's `checkpoint_wrapper`).
+    """
+
+    def __init__(self, *, checkpoint_blocks: bool = False) -> None:
+        self.checkpoint_blocks = checkpoint_blocks
+        self.sharded_blocks: list[Any] = []
+
+    def prepare(
+        self, model: nn.Module, device: torch.device, *, betas: tuple[float, float], **grouping: float
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """As of `Strategy`."""
+        try:
+            from fairscale.nn.data_parallel import ShardedDataParallel
+            from fairscale.optim import OSS
+        except ImportError as error:
+            raise MissingDependencyError(
+                "run.strategy: 'fairscale' needs the package fairscale: pip install 'lavis-lite[sharding]'"
+            ) from error
+        if self.checkpoint_blocks:
+            _recompute(model)
+        if device.type == "cuda":
+            self.sharded_blocks = _shard_frozen_blocks(model)
+        model.to(device)
+        groups = optim.param_groups(model, **grouping)
+        adamw = functools.partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
+        self.oss = OSS(groups, optim=adamw, lr=0.0, betas=betas)
+        # Buckets would keep gradients of small parameters whole on every rank, in memory that zero_grad can't free.
+        wrapped = ShardedDataParallel(model, self.oss, broadcast_buffers=False, reduce_buffer_size=0)
+        return wrapped, self.oss
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """ShardedDataParallel's own `no_sync`."""
+        context: AbstractContextManager[None] = wrapped.no_sync()  # type: ignore[operator]
+        return context
+
+    @contextlib.contextmanager
+    def whole(self, wrapped: nn.Module) -> Iterator[None]:
+        """Frozen blocks that are sharded are gathered: ranks evaluate different numbers of batches."""
+        with contextlib.ExitStack() as stack:
+            for block in self.sharded_blocks:
+                stack.enter_context(block.summon_full_params(recurse=False))
+            yield
+
+    def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
+        """A scaler whose ranks agree on overflows, of which each sees its own part."""
+        return ShardedGradScaler(device.type, enabled=enabled)
+
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+        """As of `Strategy`: each rank has the gradients of the parameters that it updates."""
+        own = [p for group in self.oss.partition_parameters()[dist.rank()] for p in group["params"]]
+        return clip_shards([p.grad for p in own if p.grad is not None], [], max_norm, own[0].device)
+
+    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Sent to the main process by those who update the parameters."""
+        mine = {name: tensor.cpu() for name, tensor in optim.state_tensors(self._names(), self.oss.optim)}
+        parts: list[Any] | None = [None] * dist.world_size() if dist.is_main() else None
+        torch_dist.gather_object(mine, parts)
+        return {name: tensor for part in parts or [] for name, tensor in part.items()}
+
+    def load_optimizer_tensors(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        """Each rank keeps the state of the parameters that it updates."""
+        optim.load_state_tensors(self._names(), self.oss.optim, tensors)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        """Of all parameters: the optimiser of one rank's share has them in other groups."""
+        groups = self.oss.param_groups
+        return {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+
+
+def _recompute(model: nn.Module) -> None:
+    from fairscale.nn.checkpoint import checkpoint_wrapper
+
+    blocks = transformer_blocks(model)
+    if not blocks:
+        raise ConfigError("run.strategy_options.checkpoint_blocks: this model has no blocks to recompute")
+    for block in blocks:
+        checkpoint_wrapper(block)  # in place: it replaces the block's forward
+
+
+def _shard_frozen_blocks(model: nn.Module) -> list[Any]:
+    """Wrap each block of which nothing is trained, in place; the wrapped ones."""
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    sharded = {}
+    for block in transformer_blocks(model):
+        types = {parameter.dtype for parameter in block.parameters()}
+        # It flattens a block's parameters into one, so a tower with fp32 norms among bf16 products stays whole.
+        if len(types) == 1 and not any(parameter.requires_grad for parameter in block.parameters()):
+            precise = types.pop()
+            sharded[block] = FullyShardedDataParallel(
+                block.cuda(), reshard_after_forward=True, compute_dtype=precise, buffer_dtype=precise
+            )
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in sharded and parent is not sharded[child]:
+                setattr(parent, name, sharded[child])
+    return list(sharded.values())

@@ -1,0 +1,193 @@
+"""Five steps of tiny models under every strategy; run as `python -m tests.strategy_scenario <folder>`.
+
+One process imports torch, and every rank of every strategy is forked from it: a start costs seconds, a fork nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from generative_helpers import tiny_generative_config
+from runner_helpers import free_port
+from stage1_helpers import enlarge_weights, tiny_config, tiny_samples, write_tokenizer
+from vqa_helpers import ANSWERS, QUESTIONS, question_config
+
+from lavis_lite.common import dist, optim
+from lavis_lite.models import losses
+from lavis_lite.models.blip2_generative import Blip2Generative
+from lavis_lite.models.blip2_qformer import Blip2QFormer
+from lavis_lite.parallel.base import build_strategy
+
+STEPS, ROWS = 5, 8
+RUNS = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("fairscale", 2), ("fairscale", 4)]
+BLOCKS = {"name": "shapes_vit", "width": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
+WORDS = [
+    "dogs",
+    "a cat",
+    "a dog runs",
+    "the big blue cat sits on a mat",
+    "a red dog and a cat",
+    "the mat runs",
+]
+Case = tuple[Callable[[Path], nn.Module], Callable[[int], dict[str, Any]], int, bool]
+
+
+def hardest(logits: Tensor, same: Tensor, *, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Instead of a draw, which would differ between one process and several."""
+    best = logits.masked_fill(same, float("-inf")).topk(min(count, logits.shape[1]), dim=1)
+    return best.indices, best.values > float("-inf")
+
+
+def stage1(folder: Path) -> nn.Module:
+    vision = {**BLOCKS, "freeze": False, "grad_checkpointing": True}
+    return Blip2QFormer.from_config(tiny_config(write_tokenizer(folder / "bert"), vision_encoder=vision))
+
+
+def stage2(folder: Path) -> nn.Module:
+    low = {"language_model": {"grad_checkpointing": True}, "vision_encoder": {**BLOCKS, "precision": "bf16"}}
+    return Blip2Generative.from_config(tiny_generative_config(folder / "opt", "opt", **low))
+
+
+def vqa(folder: Path) -> nn.Module:
+    return Blip2Generative.from_config(question_config(folder / "vqa", "t5", vision_encoder=BLOCKS))
+
+
+def pairs(seed: int) -> dict[str, Any]:
+    samples = tiny_samples(ROWS, seed=seed)
+    texts = [WORDS[(row * 5 + seed) % len(WORDS)] for row in range(ROWS)]
+    return {**samples, "text_input": texts, "image_id": torch.arange(ROWS) // 2 + seed}
+
+
+def questions(seed: int) -> dict[str, Any]:
+    asked = [QUESTIONS[(row + seed) % 4] for row in range(ROWS)]
+    answers = [ANSWERS[(row * 3 + seed) % 4] for row in range(ROWS)]
+    return {"image": tiny_samples(ROWS, seed=seed)["image"], "text_input": asked, "text_output": answers}
+
+
+# A model, its batches, accumulated batches per step, and whether the last batch has other sizes on each rank.
+CASES: dict[str, Case] = {
+    "stage1": (stage1, pairs, 2, False),
+    "stage2": (stage2, pairs, 1, True),
+    "vqa": (vqa, questions, 2, True),
+}
+
+
+def share(samples: dict[str, Any], uneven: bool) -> dict[str, Any]:
+    """This rank's rows of the joined batch; uneven: the last rank has one, the first ones those that it lacks."""
+    world, rank = dist.world_size(), dist.rank()
+    size = ROWS // world
+    edges = [size * r for r in range(world)] + [ROWS]
+    if uneven and world > 1:
+        edges[-2] = ROWS - 1
+    return {key: value[edges[rank] : edges[rank + 1]] for key, value in samples.items()}
+
+
+def build(case: str, folder: Path) -> nn.Module:
+    torch.manual_seed(0)
+    model = CASES[case][0](folder)
+    enlarge_weights(model, std=0.1)
+    return model.train()
+
+
+def train(name: str, case: str, folder: Path) -> dict[str, Any]:
+    """Losses, gradient norms and trained weights of five steps."""
+    _, batch_of, accum, uneven = CASES[case]
+    strategy = build_strategy(name)
+    model = build(case, folder)
+    device = torch.device("cpu")
+    wrapped, optimizer = strategy.prepare(
+        model, device, betas=(0.9, 0.98), weight_decay=0.05, lr_layer_decay=0.9
+    )
+    # Adam turns a gradient that is zero but for rounding into a full step: damped, the numbers can be compared.
+    for group in getattr(optimizer, "optim", optimizer).param_groups + optimizer.param_groups:
+        group["eps"] = 1e-3
+    optim.set_lr(optimizer, 1e-2)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        total = 0.0
+        for micro in range(accum):
+            last = step == STEPS - 1 and micro == accum - 1
+            samples = share(batch_of(step * accum + micro), uneven and last)
+            context = strategy.no_sync(wrapped) if micro < accum - 1 else memoryless()
+            with context:
+                loss = wrapped(samples)["loss"]
+                (loss / accum).backward()
+            total += dist.reduce_mean({"loss": loss})["loss"] / accum
+        found["losses"].append(total)
+        found["norms"].append(float(strategy.clip_gradients(optimizer, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step == 1:
+            found["alone"] = alone(strategy, wrapped, model, batch_of)
+    found["weights"] = strategy.model_tensors(model)
+    found["moments"] = strategy.optimizer_tensors(optimizer)
+    return found
+
+
+@torch.no_grad()
+def alone(strategy: Any, wrapped: nn.Module, model: nn.Module, batch_of: Callable[[int], Any]) -> float:
+    """A held-out loss, between two steps; every rank evaluates another number of batches."""
+    with strategy.whole(wrapped), dist.local():
+        model.eval()
+        values = [float(model(batch_of(100))["loss"]) for _ in range(1 + int(os.environ["RANK"]))]
+        model.train()
+    return values[0]
+
+
+class memoryless:
+    """Where gradients are exchanged."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def ranks(world: int) -> Iterator[int]:
+    """Fork one process per rank, and yield its rank in each; in the parent nothing, when all have ended well."""
+    port, children = str(free_port()), []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world), RANK=str(rank)
+            )
+            os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+            yield rank
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(statuses), statuses
+
+
+def main(folder: Path, only: str | None = None) -> None:
+    torch.set_num_threads(1)
+    losses.sample_negatives = hardest
+    for name, world in RUNS:
+        if only not in (None, name):
+            continue
+        for rank in ranks(world):
+            try:
+                dist.init(2)
+                for case in CASES:
+                    found = train(name, case, folder / f"{name}{world}.{rank}")
+                    if rank == 0:
+                        torch.save(found, folder / f"{name}{world}.{case}.pt")
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,165 @@
+"""Ranks that are killed: the others say so and end, and torchrun's restart comes to the undisturbed run's weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runner_helpers import (
+    assert_same_bits,
+    free_port,
+    project,
+    start,
+    train_command,
+    wait_for,
+    weights,
+)
+
+from lavis_lite.common import dist
+from lavis_lite.common.checkpoint import list_checkpoints
+from lavis_lite.common.errors import TrainingError
+from lavis_lite.runners import faults
+
+STEPS = 12
+SEED = 7
+
+
+def _project(folder: Path) -> Path:
+    return project(folder, max_steps=STEPS, save_every=1, eval_every=4, keep_last=2, timeout=2.0)
+
+
+def _torchrun(path: Path, *options: str) -> subprocess.Popen[str]:
+    launch = ["--nproc-per-node=2", f"--master-port={free_port()}", *options]
+    slow_rows = "datasets.fake.seconds=0.02"
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, *train_command(path)[1:], slow_rows]
+    return start(command)
+
+
+def _steps(folder: Path) -> int:
+    checkpoints = list_checkpoints(folder / "run" / "checkpoints")
+    return checkpoints[-1][0] if checkpoints else 0
+
+
+def _writing(folder: Path) -> bool:
+    return any((folder / "run" / "checkpoints").glob(".tmp-step*"))
+
+
+def _ranks(agent: int) -> dict[int, int]:
+    """Process ids of torchrun's own children, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        try:
+            rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+        except OSError:
+            continue
+        if rank:
+            found[int(rank[1])] = int(pid)
+    return found
+
+
+def _kill_when(agent: int, rank: int, condition: Callable[[], bool], pause: float = 0.0) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.0005)
+    time.sleep(pause)
+    os.kill(_ranks(agent)[rank], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
+def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """One kill while a checkpoint is written, one of each rank at a random moment."""
+    calm = _torchrun(_project(tmp_path / "calm"))
+    disturbed, folder = _project(tmp_path / "disturbed"), tmp_path / "disturbed"
+    agent = _torchrun(disturbed, "--max-restarts=5")
+    rng = random.Random(SEED)
+    _kill_when(agent.pid, 0, lambda: _steps(folder) >= 2 and _writing(folder))
+    # A restarted rank imports torch for seconds before it makes its next checkpoint.
+    for rank, step in ((1, 5), (0, 9)):
+        _kill_when(agent.pid, rank, lambda step=step: _steps(folder) >= step, pause=0.2 * rng.random())
+    for process in (calm, agent):
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err[-3000:]
+    assert _steps(folder) == STEPS
+    newest = [
+        list_checkpoints(tmp_path / name / "run" / "checkpoints")[-1][1] for name in ("calm", "disturbed")
+    ]
+    assert_same_bits(*map(weights, newest))
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_named_in_one_line(tmp_path: Path) -> None:
+    path = _project(tmp_path)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [*train_command(path), "datasets.fake.seconds=0.05", "run.max_steps=500"]
+    ranks = [start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", **common) for r in range(2)]
+    try:
+        wait_for(lambda: _steps(tmp_path) >= 2, 240)
+        ranks[1].kill()
+        killed = time.monotonic()
+        _, err = ranks[0].communicate(timeout=120)
+        assert time.monotonic() - killed < 60  # seconds, on a busy machine too
+    finally:
+        for process in ranks:
+            process.kill()
+    line = err.strip().splitlines()[-1]
+    assert ranks[0].returncode == 1 and "Traceback" not in err, err[-3000:]
+    assert re.search(
+        r"error: rank 1 of 2 ended or fell silent at step \d+; last good checkpoint: .*step_", line
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5",
+            True,
+        ),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", True),
+        ("NCCL communicator was aborted on rank 3: timed out", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+        ("CUDA out of memory", False),
+    ],
+)
+def test_only_a_failed_exchange_means_a_lost_rank(text: str, lost: bool) -> None:
+    assert faults.is_lost_peer(RuntimeError(text)) is lost
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ([1, 2, 3], "^rank 0 of 4 ended"),
+        ([1], "^ranks 0, 2, 3 of 4 ended"),
+        ([0, 1, 2, 3], "lost touch"),
+        ([], "lost touch"),
+    ],
+)
+def test_the_first_rank_left_speaks(present: list[int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(dist, "rank", lambda: present[0] if present else 3)
+    monkeypatch.setattr(dist, "roll_call", lambda: present)
+    with (
+        pytest.raises(TrainingError, match=f"{said}.*at step 5"),
+        faults.naming_lost_ranks(lambda: "at step 5"),
+    ):
+        raise RuntimeError("gloo: Connection closed by peer")
+    if present:
+        monkeypatch.setattr(dist, "rank", lambda: present[0] + 9)
+        with pytest.raises(SystemExit), faults.naming_lost_ranks(lambda: "at step 5"):
+            raise RuntimeError("gloo: Connection closed by peer")
+
+
+def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="shapes"), faults.naming_lost_ranks(lambda: ""):
+        raise RuntimeError("shapes differ")

@@ -1,0 +1,96 @@
+"""The launchers with stubs for python, srun and scontrol: which processes they start, and what preemption does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from runner_helpers import ROOT, wait_for
+
+PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$@"; fi\n'
+# As the real one: its children get the signals that it gets.
+SRUN = """#!/bin/bash
+trap 'echo saved; exit 143' TERM
+echo "srun $*"
+echo ready > "$READY"
+while [ "$LONG" = 1 ]; do sleep 0.1; done
+"""
+SCONTROL = '#!/bin/sh\nif [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "scontrol $*"; fi\n'
+
+
+def _script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("launch_node.sh", "launch_nodes.sh", "slurm.sh"):
+        (tmp_path / "run_scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "run_scripts" / name, tmp_path / "run_scripts" / name)
+    _script(tmp_path / "run_scripts" / "environment.sh", f'repository="{tmp_path}"\n')
+    _script(tmp_path / ".venv" / "bin" / "python", PYTHON)
+    _script(tmp_path / "bin" / "srun", SRUN)
+    _script(tmp_path / "bin" / "scontrol", SCONTROL)
+    return tmp_path
+
+
+def _start(checkout: Path, script: str, **variables: str) -> subprocess.Popen[str]:
+    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", str(checkout / "run_scripts" / script), "--cfg-path", "a file.yaml"],
+        env={"PATH": path, "GPUS": "0", "READY": str(checkout / "ready"), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=checkout / "bin",
+    )
+
+
+def _output(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=60)
+    return out
+
+
+@pytest.mark.parametrize(("variables", "count"), [({}, 1), ({"GPUS": "8"}, 8), ({"NPROC": "2"}, 2)])
+def test_one_node_gets_a_process_for_each_gpu(checkout: Path, variables: dict[str, str], count: int) -> None:
+    said = _output(_start(checkout, "launch_node.sh", **variables))
+    assert said == (
+        f"-m torch.distributed.run --standalone --nproc-per-node={count} --max-restarts=3 train.py "
+        "--cfg-path a file.yaml\n"
+    )
+
+
+def test_nodes_meet_at_the_head(checkout: Path) -> None:
+    said = _output(_start(checkout, "launch_nodes.sh", NODES="2", HEAD="node1:29500", GPUS="4", RESTARTS="0"))
+    assert "--nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=node1:29500" in said
+    assert said.endswith("--max-restarts=0 train.py --cfg-path a file.yaml\n")
+
+
+def test_nodes_without_a_head_is_an_error(checkout: Path) -> None:
+    process = _start(checkout, "launch_nodes.sh", NODES="2")
+    assert "set HEAD to host:port" in _output(process) and process.returncode != 0
+
+
+SLURM = {"SLURM_JOB_ID": "20003", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+
+
+def test_slurm_starts_a_launcher_on_each_node(checkout: Path) -> None:
+    process = _start(checkout, "slurm.sh", **SLURM, SLURM_SUBMIT_DIR=str(checkout))
+    said = _output(process)
+    assert "run_scripts/launch_nodes.sh --cfg-path a file.yaml" in said and process.returncode == 0
+    assert "requeue" not in said
+
+
+def test_a_preempted_job_saves_and_is_queued_again(checkout: Path) -> None:
+    process = _start(checkout, "slurm.sh", **SLURM, SLURM_SUBMIT_DIR=str(checkout), LONG="1")
+    wait_for((checkout / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    said = _output(process)
+    assert process.returncode == 0
+    assert said.index("saved") < said.index("scontrol requeue 20003")

@@ -1,0 +1,135 @@
+"""Every strategy on 2 and 4 processes against one process with the joined batch, for tiny models of each stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runner_helpers import start
+from strategy_scenario import CASES, RUNS
+from torch import nn
+
+from lavis_lite.common import dist
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.parallel import auto
+from lavis_lite.parallel.base import build_strategy, clip_shards
+from lavis_lite.parallel.blocks import transformer_blocks
+
+SHARDED = [(name, world) for name, world in RUNS if name != "single"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
+    folder = tmp_path_factory.mktemp("strategies")
+    process = start([sys.executable, "-m", "tests.strategy_scenario", str(folder)])
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    read = {}
+    for name, world in RUNS:
+        for case in CASES:
+            read[name, world, case] = torch.load(folder / f"{name}{world}.{case}.pt", weights_only=True)
+    return read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "world"), SHARDED)
+def test_as_one_process_with_the_joined_batch(
+    found: dict[Any, Any], name: str, world: int, case: str
+) -> None:
+    """Five steps with clipping; accumulation, recomputed activations and an uneven last batch, as CASES say."""
+    one, several = found["single", 1, case], found[name, world, case]
+    assert several["losses"] == pytest.approx(one["losses"], rel=2e-5)
+    assert several["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert several["weights"].keys() == one["weights"].keys()
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(several["weights"][key], weight, rtol=1e-4, atol=2e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), SHARDED)
+def test_a_checkpoint_has_the_same_tensors_under_every_strategy(
+    found: dict[Any, Any], name: str, world: int
+) -> None:
+    for case in CASES:
+        one, several = found["single", 1, case]["moments"], found[name, world, case]["moments"]
+        assert {key: x.shape for key, x in one.items()} == {key: x.shape for key, x in several.items()}
+        for key, moment in one.items():
+            torch.testing.assert_close(several[key], moment, rtol=1e-2, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), SHARDED)
+def test_ranks_evaluate_alone_between_two_steps(found: dict[Any, Any], name: str, world: int) -> None:
+    for case in CASES:
+        one, several = found["single", 1, case]["alone"], found[name, world, case]["alone"]
+        assert several == pytest.approx(one, rel=1e-4)
+
+
+class Piecewise(nn.Module):
+    """A block whose methods are called one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(2, 2)
+
+
+def test_blocks_are_lists_of_one_class_that_is_called() -> None:
+    tower = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    model = nn.ModuleDict({"tower": tower, "other": nn.ModuleList([Piecewise(), Piecewise()])})
+    assert transformer_blocks(model) == list(tower[2])
+
+
+@pytest.mark.parametrize(("memory", "chosen"), [(None, "ddp"), (10**9, "ddp"), (1000, "fsdp2")])
+def test_auto_shards_what_does_not_fit(
+    memory: int | None, chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda x: [x, x])
+    monkeypatch.setattr(auto, "process_memory", lambda device: memory)
+    messages: list[str] = []
+    monkeypatch.setattr(auto.logger, "info", lambda text, *args: messages.append(text % args))
+    assert auto.choose_strategy("auto", nn.Linear(10, 10), torch.device("cpu")) == chosen
+    assert len(messages) == 1 and messages[0].startswith(f"strategy {chosen}: weights, gradients and moments")
+    assert auto.choose_strategy("fairscale", nn.Linear(10, 10), torch.device("cpu")) == "fairscale"
+
+
+def test_auto_alone_is_single() -> None:
+    assert auto.choose_strategy("auto", nn.Linear(10, 10), torch.device("cpu")) == "single"
+
+
+def test_what_training_holds() -> None:
+    model = nn.Sequential(nn.Linear(10, 10, bias=False).requires_grad_(False), nn.Linear(10, 10, bias=False))
+    assert auto.state_bytes(model) == 4 * (100 + 100 * 4)
+
+
+def test_memory_is_shared_by_the_machine_s_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 2000 kB\n")
+    monkeypatch.setattr(dist, "local_world_size", lambda: 4)
+    assert auto.process_memory(torch.device("cpu"), tmp_path / "meminfo") == 500 * 1024
+    assert auto.process_memory(torch.device("cpu"), tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0, 100.0])
+def test_the_norm_of_parts_is_that_of_the_whole(
+    max_norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks with the same part: the sum over ranks doubles the squares of parts, not of what both have."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x: x.mul_(2))
+    part, both = torch.full((4,), 3.0), torch.full((2,), 2.0)
+    norm = clip_shards([part], [both], max_norm, torch.device("cpu"))
+    assert float(norm) == pytest.approx((2 * 36 + 8) ** 0.5)
+    factor = min(1.0, max_norm / float(norm)) if max_norm else 1.0
+    assert part.tolist() == pytest.approx([3.0 * factor] * 4) and both.tolist() == pytest.approx(
+        [2.0 * factor] * 2
+    )
+
+
+def test_options_are_the_keywords_of_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    assert build_strategy("fairscale", {"checkpoint_blocks": True}).checkpoint_blocks  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
+        build_strategy("fsdp2", {"cpu_ofload": True})
