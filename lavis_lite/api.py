@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_lite.common.config import PRESETS, load_dataset_preset, load_model_preset, merge, model_types
+from lavis_lite.common.config import PRESETS, load_dataset_preset, load_model_preset, model_types
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 
@@ -76,7 +76,7 @@ def load_dataset(
 
     Raises ConfigError for an unknown preset or split, DataError when files are missing.
     """
-    from lavis_lite.common.config import read_yaml
+    from lavis_lite.common.config import dataset_section, read_yaml
     from lavis_lite.datasets.builders import build_datasets
 
     section = load_dataset_preset(name)
@@ -84,7 +84,7 @@ def load_dataset(
         names = ", ".join(sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml")))
         raise ConfigError(f"no dataset preset '{name}' (presets: {names}); name a YAML file with cfg_path")
     if cfg_path is not None:
-        section = merge(section, read_yaml(Path(cfg_path)))
+        section = dataset_section(name, read_yaml(Path(cfg_path)))
     if vis_path is not None:
         section = {**section, "root": vis_path}
     splits = build_datasets({name: section})[name]

@@ -6,20 +6,34 @@ import argparse
 from collections.abc import Sequence
 
 import lavis_lite
+from lavis_lite.commands.capfilt import capfilt_main
 from lavis_lite.commands.convert import convert_main
+from lavis_lite.commands.data import data_main
+from lavis_lite.commands.explain import explain_main
+from lavis_lite.commands.features import features_main
+from lavis_lite.commands.index import index_main
 from lavis_lite.commands.names import names_main
 from lavis_lite.commands.pictures import answer_main, generate_main
+from lavis_lite.commands.plan import plan_main
 from lavis_lite.commands.run import evaluate_main, train_main
+from lavis_lite.commands.shards import shards_main
 from lavis_lite.commands.tokenizer import tokenizer_main
 
 COMMANDS = {
     "train": train_main,
     "evaluate": evaluate_main,
+    "plan": plan_main,
     "names": names_main,
     "tokenizer": tokenizer_main,
     "generate": generate_main,
     "answer": answer_main,
+    "explain": explain_main,
     "convert": convert_main,
+    "features": features_main,
+    "shards": shards_main,
+    "data": data_main,
+    "capfilt": capfilt_main,
+    "index": index_main,
 }
 
 

@@ -98,11 +98,7 @@ def answer_files(
 
 
 def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:
-    name, slash, model_type = model.partition("/")
-    if not slash:
-        raise ConfigError(
-            f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
-        )
+    name, model_type = name_and_type(model)
     medium = Medium.of(place)
     paths = list(_files(images, medium))
     device = str(choose_device(place.device))
@@ -152,6 +148,16 @@ class Medium:
 def _count(shown: dict[str, torch.Tensor]) -> int:
     (visual,) = shown.values()
     return len(visual)
+
+
+def name_and_type(model: str) -> tuple[str, str]:
+    """The two halves of what --model names; ConfigError for anything but name/type."""
+    name, slash, model_type = model.partition("/")
+    if not slash:
+        raise ConfigError(
+            f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
+        )
+    return name, model_type
 
 
 def _files(images: Sequence[str], medium: Medium) -> Iterator[Path]:

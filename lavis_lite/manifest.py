@@ -33,6 +33,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "builder": {
         "lavis_lite.datasets.builders": ["image_text"],
         "lavis_lite.datasets.vqa_builder": ["vqa"],
+        "lavis_lite.datasets.shard_builder": ["shards", "vqa_shards"],
         "lavis_lite.datasets.clip_builders": ["video_text", "video_vqa"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
         "lavis_lite.worlds.shapes.clip_builder": ["shapes_video"],

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import InputError
+from lavis_lite.image_features import ImageFeatures
+
+# Pictures as their encoder takes them, or what the frozen encoder made of them before.
+Images: TypeAlias = Tensor | ImageFeatures
 
 
 class ImageTextSamples(TypedDict):
     """A batch of image-text pairs, every field always present.
 
-    image: float32[B, 3, H, W], normalised as the encoder expects; float32[B, F, 3, H, W], the frames of clips, where
-        the model takes them.
+    image: float32[B, 3, H, W], normalised as the encoder expects, or the frozen encoder's features of such;
+        float32[B, F, 3, H, W], the frames of clips, where the model takes them.
     text_input: B strings.
     image_id: int64[B]; rows with equal ids show the same picture.
     """
 
-    image: Tensor
+    image: Images
     text_input: list[str]
     image_id: Tensor
 
@@ -35,9 +39,11 @@ class QuestionSamples(ImageTextSamples):
     text_output: list[str]
 
 
-def image_of(samples: Mapping[str, Any]) -> Tensor:
+def image_of(samples: Mapping[str, Any]) -> Images:
     """The images of a caller's dictionary; InputError when they are absent or not [B, 3, H, W]."""
     image = samples.get("image")
+    if isinstance(image, ImageFeatures):
+        return image
     if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != 3:
         found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         hint = "; this model takes no clips" if image is None and samples.get("video") is not None else ""
@@ -56,7 +62,7 @@ def visual_key(samples: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def visual_of(samples: Mapping[str, Any]) -> Tensor:
+def visual_of(samples: Mapping[str, Any]) -> Images:
     """The images [B, 3, H, W] or the clips' frames [B, F, 3, H, W] of a caller's dictionary.
 
     Raises InputError when there are none, or of another shape.
@@ -82,7 +88,7 @@ def complete_samples(samples: Mapping[str, Any], *, clips: bool = False) -> Imag
     not as many texts and ids as images.
     """
     image = visual_of(samples) if clips else image_of(samples)
-    batch = image.shape[0]
+    batch = len(image)
     texts = texts_of(samples, "text_input", batch=batch)
     image_id = samples.get("image_id")
     if image_id is None:

@@ -20,7 +20,7 @@ from lavis_lite.common.logging import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = Path(__file__).with_name("runner_fakes.py")
-TIMINGS = ("images_per_s", "data_wait", "elapsed_s")
+TIMINGS = ("images_per_s", "data_wait", "data_wait_share", "elapsed_s")
 
 
 def project(folder: Path, **run: Any) -> Path:

@@ -1,4 +1,4 @@
-"""The language-model benchmarks in their tiny setting: both sides agree, and a disagreement is not timed."""
+"""The benchmarks in their tiny setting: both sides agree, and a disagreement is not timed."""
 
 from __future__ import annotations
 
@@ -80,3 +80,13 @@ def test_ranking_is_measured_where_scores_agree(tmp_path: Path, monkeypatch: pyt
     images = vqa_rank.draw_images(2, vqa_rank.TINY, torch.Generator().manual_seed(0))
     with pytest.raises(SystemExit, match="scores differ"):
         vqa_rank.compare(model, plain, images, ["w1", "w2"], ["w3", "w4 w5"], rounds=1)
+
+
+def test_shards_are_measured_against_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path))  # which the benchmark sets for itself
+    result = tmp_path / "result.json"
+    small = ["--count", "6", "--shards", "2", "--workers", "1", "--batch-size", "2", "--rounds", "1"]
+    importlib.import_module("shards").main([*small, "--seconds", "0.1", "--json", str(result)])
+    measured = json.loads(result.read_text())
+    assert len(measured["rates"]) == 4 and min(measured["ms_per_image"].values()) > 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from data_helpers import make_jsonl, save_picture
+from shard_helpers import write_shards
 
 from lavis_lite.common.config import PRESETS, load_dataset_preset
 from lavis_lite.common.errors import ConfigError, DataError
@@ -45,20 +46,15 @@ def test_every_preset_is_valid_and_has_a_card() -> None:
         "cc3m",
         "cc12m",
         "sbu",
-        "laion",
+        "laion115m",
+        "laion400m",
         "nocaps",
     }
     assert expected <= set(names) and len(names) >= len(expected)
     for name in names:
         card = CARDS / ("shapes.md" if name.startswith("shapes") else f"{name}.md")
         assert card.is_file(), f"no {card}"
-        if name == "laion":
-            with pytest.raises(
-                ConfigError, match=r"datasets\.laion\.train\.annotations: .* are shards, which this"
-            ):
-                validate_datasets_config({name: load_dataset_preset(name)})
-        else:
-            validate_datasets_config({name: load_dataset_preset(name)})
+        validate_datasets_config({name: load_dataset_preset(name)})
         if card.stem == name:
             text = card.read_text(encoding="utf-8")
             for part in (
@@ -100,9 +96,10 @@ def test_presets_read_the_layout_their_cards_show(tmp_path: Path, cache: Path) -
     splits = ["train", "restval", "val", "test", "test"]
     content = {"images": [image(number, split) for number, split in enumerate(splits)]}
     (cache / "coco_caption" / "dataset_coco.json").write_text(json.dumps(content), encoding="utf-8")
-    for number in range(3):
-        save_picture(cache / "cc3m" / "train" / "00000" / f"{number}.jpg", number)
-        (cache / "cc3m" / "train" / "00000" / f"{number}.txt").write_text("a caption", encoding="utf-8")
+    write_shards(cache / "cc3m" / "shards", 2, 3)
+    for number in range(4):
+        save_picture(cache / "cc12m" / "train" / "00000" / f"{number}.jpg", number)
+        (cache / "cc12m" / "train" / "00000" / f"{number}.txt").write_text("a caption", encoding="utf-8")
     coco = build_dataset_from_preset("coco_caption")
     assert {split: len(rows) for split, rows in coco.items()} == {"train": 2, "val": 1, "test": 2}
     assert coco["val"].captions(0) == ["a picture, val"] and coco["val"].image(0).size == (40, 30)
@@ -111,7 +108,9 @@ def test_presets_read_the_layout_their_cards_show(tmp_path: Path, cache: Path) -
     other = {"annotations": "rows/rows.jsonl", "images": "rows/images", "format": "auto", "where": None}
     lists = {"root": str(tmp_path), "train": other, "val": None, "test": None}
     assert len(build_dataset_from_preset("coco_caption", lists)["train"]) == 2
-    assert len(build_dataset_from_preset("cc3m")["train"]) == 3
+    assert len(build_dataset_from_preset("cc3m")["train"]) == 6
+    folder = {"builder": "image_text", "train": {"images": "train"}}  # another builder than the preset's
+    assert len(build_dataset_from_preset("cc12m", folder)["train"]) == 4
 
 
 def test_nocaps_reads_the_official_file_with_each_pictures_domain(cache: Path) -> None:
@@ -272,7 +271,10 @@ def test_evaluation_splits_join_the_rows_of_a_picture_and_training_does_not(tmp_
         ({"train": {"limit": 3}}, "set datasets.own.train.annotations to a file"),
         ({"train": {"annotations": "a", "limit": 0}}, "datasets.own.train.limit must be at least 1"),
         ({"train": "a.json"}, "datasets.own.train: expected"),
-        ({"train": {"annotations": "a/00.tar"}}, "are shards, which this version can't read"),
+        (
+            {"train": {"annotations": "a/00.tar"}},
+            "set datasets.own.builder=shards and datasets.own.train.shards to",
+        ),
         ({}, "datasets.own: no split is set and there is no preset of that name"),
         ({"train": {"images": "a"}, "ratio": -1}, "datasets.own.ratio can't be negative"),
         ({"train": {"images": "a"}, "ratio": "much"}, "datasets.own.ratio: expected float"),

@@ -38,7 +38,9 @@ def test_a_run_leaves_its_files_and_prints_its_end(
     assert row["loss"] == pytest.approx(row["loss_mse"] + row["loss_l1"])
     assert row["epoch"] == pytest.approx(2 * 4 / 24, abs=1e-4)
     assert row["lr"] == pytest.approx(0.5 * (0.01 + 1e-6), rel=1e-3)
-    assert {"grad_norm", "images_per_s", "data_wait", "elapsed_s", "skipped", "bad_images"} <= row.keys()
+    timings = {"images_per_s", "data_wait", "data_wait_share", "elapsed_s"}
+    assert {"grad_norm", "skipped", "bad_images", *timings} <= row.keys()
+    assert 0.0 <= row["data_wait_share"] <= 1.0
     out = capsys.readouterr().out
     assert "held-out split: val" in out and str(run_dir / "log.jsonl") in out and "wall time" in out
 

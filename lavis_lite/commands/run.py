@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 def train_main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> None:
     """Train what a configuration describes, then evaluate and report."""
     parser = argparse.ArgumentParser(prog=prog, description=train_main.__doc__)
-    args = _add_run_arguments(parser).parse_args(argv)
+    args = add_run_arguments(parser).parse_args(argv)
     from lavis_lite.common import dist
 
     with dist.ending_process(), one_line_errors(debug=args.debug):
-        config = _load_config(args)
+        config = read_config(args)
         registry.get_runner_class(config.run.runner)(config).train()
 
 
 def evaluate_main(argv: Sequence[str] | None = None, *, prog: str = "evaluate.py") -> None:
     """Evaluate a checkpoint on the test splits: model.pretrained, or the best of the run's own."""
     parser = argparse.ArgumentParser(prog=prog, description=evaluate_main.__doc__)
-    args = _add_run_arguments(parser).parse_args(argv)
+    args = add_run_arguments(parser).parse_args(argv)
     from lavis_lite.common import dist
 
     with dist.ending_process(), one_line_errors(debug=args.debug):
-        config = _load_config(args)
+        config = read_config(args)
         registry.get_runner_class(config.run.runner)(config).evaluate()
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the arguments of every command that reads a project file."""
     parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the project's YAML file")
     parser.add_argument(
         "--options",
@@ -53,7 +54,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def _load_config(args: argparse.Namespace) -> Config:
+def read_config(args: argparse.Namespace) -> Config:
     """The checked configuration; with --print-config it is printed and the command ends."""
     from lavis_lite.common.config import load_config
 

@@ -69,7 +69,7 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     preset = load_model_preset(user.get("model") or {})
     model = merge(preset.get("model", {}), user.get("model") or {})
     datasets = {
-        name: merge(merge(preset.get("preprocess", {}), load_dataset_preset(name)), section or {})
+        name: merge(preset.get("preprocess", {}), dataset_section(name, section))
         for name, section in (user.get("datasets") or {}).items()
     }
     run_defaults = {"output_dir": f"output/{path.stem}"}
@@ -114,7 +114,7 @@ def _validate_part(part: Any, section: Mapping[str, Any], *, where: str, skip: S
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` laid over `below`, mappings key by key.
 
-    A mapping whose `name` differs from the one below replaces it whole: the keywords of one part mean
+    A mapping whose `name` or `builder` differs from the one below replaces it whole: the keywords of one part mean
     nothing to another.
     """
     merged = dict(below)
@@ -128,7 +128,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_part(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    return bool(above.get("name", below.get("name")) == below.get("name"))
+    builders = {part["builder"] for part in (below, above) if "builder" in part}
+    return bool(above.get("name", below.get("name")) == below.get("name")) and len(builders) < 2
 
 
 def read_project(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -214,6 +215,12 @@ def load_dataset_preset(name: str) -> dict[str, Any]:
     """The preset of a dataset, empty for a name of the user's own."""
     preset = PRESETS / "datasets" / f"{name}.yaml"
     return read_yaml(preset) if preset.is_file() else {}
+
+
+def dataset_section(name: str, section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A dataset's section laid over its preset; with another `builder` than that it stands alone."""
+    preset = load_dataset_preset(name)
+    return merge(preset, section or {}) if _same_part(preset, section or {}) else dict(section or {})
 
 
 def import_file(name: str, *, relative_to: Path) -> str:

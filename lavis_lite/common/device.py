@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError
@@ -66,6 +69,26 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     """The autocast context of a precision; does nothing for fp32."""
     dtype = PRECISIONS.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+_arranged_for: str | None = None
+
+
+@contextlib.contextmanager
+def arranged_for(device_type: str) -> Iterator[None]:
+    """Within the block whatever is arranged by kind of device is arranged for this one, wherever tensors are: a plan
+    for a GPU is made on a CPU."""
+    global _arranged_for
+    before, _arranged_for = _arranged_for, device_type
+    try:
+        yield
+    finally:
+        _arranged_for = before
+
+
+def device_type_of(x: Tensor) -> str:
+    """The kind of device that work on a tensor is to be arranged for: its own, outside of `arranged_for`."""
+    return _arranged_for or x.device.type
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

@@ -21,6 +21,8 @@ from lavis_lite.common.errors import MissingDependencyError
 from lavis_lite.common.io import atomic_write
 
 ROOT = "lavis_lite"
+# Of a step's time: less than this is no reason to add loader workers.
+NOTICEABLE_WAIT = 0.05
 
 _console: Console | None = None
 
@@ -123,14 +125,16 @@ def duration(seconds: float) -> str:
 
 
 def progress_text(values: Mapping[str, float]) -> str:
-    """The losses and the speed of a step in one line."""
+    """The losses and the speed of a step in one line, and how much of it waited for data where that is noticeable."""
     losses = [
         f"{key} {value:.3f}"
         for key, value in values.items()
         if key.startswith("loss") or key.endswith("_acc")
     ]
     speed = [f"{values['images_per_s']:.0f} images/s"] if "images_per_s" in values else []
-    return "  ".join([*losses, *speed])
+    share = values.get("data_wait_share", 0.0)
+    waits = [f"{share:.0%} waiting for data"] if share >= NOTICEABLE_WAIT else []
+    return "  ".join([*losses, *speed, *waits])
 
 
 class ProgressDisplay:
@@ -139,8 +143,10 @@ class ProgressDisplay:
     Lines come with every logged row at first, then at most every `line_seconds`.
     """
 
-    def __init__(self, total: int, done: int, *, shown: bool = True, line_seconds: float = 10.0) -> None:
-        self.total = total
+    def __init__(
+        self, total: int, done: int, *, shown: bool = True, line_seconds: float = 10.0, unit: str = "step"
+    ) -> None:
+        self.total, self.unit = total, unit
         self.first = self.done = done
         self.line_seconds = line_seconds
         self._shown = shown
@@ -192,4 +198,4 @@ class ProgressDisplay:
         done, left = self.done - self.first, ""
         if done > 1 and self.done < self.total:
             left = f"  {duration((now - self._started) / done * (self.total - self.done))} left"
-        get_logger().info("step %d/%d  %s%s", self.done, self.total, progress_text(values), left)
+        get_logger().info("%s %d/%d  %s%s", self.unit, self.done, self.total, progress_text(values), left)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.feature_config import FeatureConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class RunConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     strategy: str = "auto"
+    # torch.compile the model's blocks; without a working compiler the run goes on without, and says so.
+    compile: bool = False
     num_threads: int | Literal["auto"] = "auto"
 
     # The length: one of the two.
@@ -64,6 +67,10 @@ class RunConfig:
     # Unreadable images are replaced and counted; above this fraction the run stops.
     max_bad_fraction: float = 0.01
     tensorboard: bool = False
+
+    # Read the frozen image encoder's features from disk, where `features` says what is stored.
+    cache_features: bool = False
+    features: FeatureConfig = field(default_factory=FeatureConfig)
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_epochs is not None:

@@ -6,6 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+# How many other rows are tried in place of an unreadable one before the batch is given up.
+MAX_ATTEMPTS = 16
+
 
 class UnreadableSample(Exception):
     """A row whose picture or caption can't be read: a fault of that row, not of the program.

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.config import PRESETS, load_dataset_preset, merge
+from lavis_lite.common.config import PRESETS, dataset_section, merge
 from lavis_lite.common.errors import ConfigError, DataError, closest
 from lavis_lite.common.io import cache_dir
 from lavis_lite.common.registry import registry
@@ -58,9 +58,8 @@ class SplitConfig:
             )
         if self.annotations is not None and ".tar" in Path(self.annotations).suffixes:
             raise ConfigError(
-                f"{where}.annotations: '{self.annotations}' are shards, which this version can't read; "
-                f"unpack them to a folder of pictures with .txt files beside them and set {where}.images to it "
-                f"(and {where}.annotations=null)"
+                f"{where}.annotations: '{self.annotations}' are shards: set "
+                f"{'.'.join(where.split('.')[:2])}.builder=shards and {where}.shards to them, without annotations"
             )
         if self.group_by_image and self.split_captions:
             raise ConfigError(
@@ -172,13 +171,26 @@ class ImageTextBuilder:
     def _dataset(self, split: str, sources: list[Source]) -> MapDataset:
         parts = [Part(open_records(source), source.images) for source in sources]
         for part, source in zip(parts, sources, strict=True):
-            _probe_images(part.records, source)
+            self._probe(part.records, source)
         kind = "train" if split == "train" else "eval"
         return type(self).dataset_class(
             parts,
             vis_processor=self.vis_processors[kind],
             text_processor=self.text_processors[kind],
             name=self.name,
+        )
+
+    def _probe(self, records: RecordTable, source: Source) -> None:
+        """A folder that holds none of the pictures its file names is the wrong folder."""
+        step = max(1, len(records) // PROBED_ROWS)
+        names = [records[row].image for row in range(0, len(records), step)]
+        paths = [os.path.join(source.images, name) for name in names if name]
+        if not paths or any(os.path.exists(path) for path in paths):
+            return
+        hint = "; these are addresses: fetch the pictures first" if "://" in names[0] else ""
+        raise DataError(
+            f"none of {len(paths)} pictures looked up for {source.path} exists, for example {paths[0]}{hint}; "
+            f"set {source.where}.images=<folder> to where its paths start"
         )
 
     def _sources(self, split: str) -> list[Source]:
@@ -212,20 +224,24 @@ class ImageTextBuilder:
 
     def _resolve(self, path: str, what: str, key: str, exists: Callable[[Path], bool]) -> Path:
         """Where a configured path is, which must exist."""
-        expanded = Path(_expand(path))
-        home = cache_dir() / self.name
-        candidates = [Path(_expand(self._root)) / expanded] if self._root else [home / expanded, expanded]
-        candidates = [candidate.absolute() for candidate in dict.fromkeys(candidates)]
+        candidates = (folder / _expand(path) for folder in self.folders())
         found = next((candidate for candidate in candidates if exists(candidate)), None)
-        if found is None:
-            looked = " or ".join(str(candidate) for candidate in dict.fromkeys(candidates))
-            card = f"; dataset_card/{self.name}.md says how to get it" if _has_preset(self.name) else ""
-            split = key.rsplit(".", 1)[0].split("[")[0]
-            raise DataError(
-                f"dataset '{self.name}': no {what} {looked}; set {key}=<path> "
-                f"or datasets.{self.name}.root=<folder>, or leave the split out with {split}=null{card}"
-            )
-        return found
+        return self.missing(_expand(path), what, key) if found is None else found
+
+    def folders(self) -> list[Path]:
+        """The folders that a relative path may start from, the first that has it first."""
+        folders = [Path(_expand(self._root))] if self._root else [cache_dir() / self.name, Path()]
+        return [folder.absolute() for folder in folders]
+
+    def missing(self, path: str, what: str, key: str) -> NoReturn:
+        """Raise the DataError for a configured path that isn't there."""
+        looked = " or ".join(dict.fromkeys(str(folder / path) for folder in self.folders()))
+        card = f"; dataset_card/{self.name}.md says how to get it" if _has_preset(self.name) else ""
+        split = key.rsplit(".", 1)[0].split("[")[0]
+        raise DataError(
+            f"dataset '{self.name}': no {what} {looked}; set {key}=<path> "
+            f"or datasets.{self.name}.root=<folder>, or leave the split out with {split}=null{card}"
+        )
 
 
 def make_builder(name: str, section: Mapping[str, Any] | None) -> Any:
@@ -253,7 +269,7 @@ def validate_datasets_config(datasets: Mapping[str, Mapping[str, Any] | None]) -
 
 def build_dataset_from_preset(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, MapDataset]:
     """The splits of a preset with `overrides` laid over it; a name without a preset needs overrides."""
-    return build_datasets({name: merge(load_dataset_preset(name), overrides or {})})[name]
+    return build_datasets({name: dataset_section(name, overrides)})[name]
 
 
 def _split_configs(split_class: type, section: Any, defaults: Mapping[str, Any], *, where: str) -> list[Any]:
@@ -300,20 +316,6 @@ def selection(where: Mapping[str, Any] | None) -> dict[str, list[str]]:
         str(name): [str(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
         for name, values in (where or {}).items()
     }
-
-
-def _probe_images(records: RecordTable, source: Source) -> None:
-    """A folder that holds none of the pictures its file names is the wrong folder."""
-    step = max(1, len(records) // PROBED_ROWS)
-    names = [records[row].image for row in range(0, len(records), step)]
-    paths = [os.path.join(source.images, name) for name in names if name]
-    if not paths or any(os.path.exists(path) for path in paths):
-        return
-    hint = "; these are addresses: fetch the pictures first" if "://" in names[0] else ""
-    raise DataError(
-        f"none of {len(paths)} pictures looked up for {source.path} exists, for example {paths[0]}{hint}; "
-        f"set {source.where}.images=<folder> to where its paths start"
-    )
 
 
 def _no_split(name: str) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.order import seed_of
 from lavis_lite.datasets.records import Record, RecordTable
+from lavis_lite.image_features import ImageFeatures, stack_images
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Part:
 
     records: RecordTable
     images: Path
+
+
+class StoredImages(Protocol):
+    """What a dataset may take its images from in place of picture files."""
+
+    def load(self, row: int, *, seed: int) -> ImageFeatures:
+        """Features [P, C] of a view of the row's picture, chosen by the seed; raises UnreadableSample."""
+        ...
 
 
 class ImageTextDataset:
@@ -59,6 +70,7 @@ class ImageTextDataset:
         self.name = name
         self._ends = list(itertools.accumulate(len(part.records) for part in self.parts))
         self._salt = seed_of(*name.encode())
+        self.stored: StoredImages | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -79,30 +91,39 @@ class ImageTextDataset:
         }
 
     def load(self, index: int, *, seed: int) -> dict[str, Any]:
-        """One processed row: image float32[3, H, W], text_input, image_id, index.
+        """One processed row: image float32[3, H, W] (or its features, see `with_features`), text_input, image_id,
+        index.
 
         The caption drawn from the row's list and the augmentation depend on (index, seed) alone; torch's
         global generator is left as it was. Raises UnreadableSample.
         """
         record, part = self._record(index)
-        captions = self._raw_captions(record, part)
         with seeded(seed):
-            caption = captions[int(torch.randint(len(captions), ()))]
-            return {
-                self.visual: self._see(self._path(record, part)),
-                "text_input": self.text_processor(caption),
-                "image_id": self._image_id(index, record),
-                "index": index,
-            }
+            texts = self._draw_texts(index, record, part)
+            # Last, so that what else the seed decides doesn't depend on where the image comes from.
+            if self.stored is not None:
+                return {self.visual: self.stored.load(index % len(self), seed=seed), **texts}
+            return {self.visual: self._see(self._path(record, part)), **texts}
+
+    def _draw_texts(self, index: int, record: Record, part: int) -> dict[str, Any]:
+        """A row without its image, drawn from torch's global generator; raises UnreadableSample."""
+        captions = self._raw_captions(record, part)
+        caption = captions[int(torch.randint(len(captions), ()))]
+        return {
+            "text_input": self.text_processor(caption),
+            "image_id": self._image_id(index, record),
+            "index": index,
+        }
+
+    def with_features(self, stored: StoredImages) -> Self:
+        """The same rows whose `load` gives a frozen encoder's stored features in the place of pictures."""
+        other = copy.copy(self)
+        other.stored = stored
+        return other
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """image float32[B, 3, H, W], text_input (B strings), image_id int64[B], index int64[B]."""
-        return {
-            self.visual: torch.stack([sample[self.visual] for sample in samples]),
-            "text_input": [sample["text_input"] for sample in samples],
-            "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
-            "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
-        }
+        """See `collate_images`; the images are named as `visual` says."""
+        return collate_images(samples, visual=self.visual)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a row, processed; empty for a row whose captions can't be read."""
@@ -146,11 +167,24 @@ class ImageTextDataset:
         return os.path.join(self.parts[part].images, record.image)
 
     def _image_id(self, index: int, record: Record) -> int:
-        # Hashed with the name, so that the numbers of datasets in a mix don't meet (63 bits, of 10 million
-        # pictures one pair does with a chance of 5e-6). Without a declared number every row is a picture of
-        # its own.
-        declared = record.image_id is not None
-        return seed_of(self._salt, int(declared), index if record.image_id is None else record.image_id)
+        return public_image_id(self._salt, index, record.image_id)
+
+
+def public_image_id(salt: int, index: int, declared: int | None) -> int:
+    """A picture's number in a batch: that of its file, or without one of its row, told apart by dataset."""
+    # Hashed with the name, so that the numbers of datasets in a mix don't meet (63 bits, of 10 million pictures one
+    # pair does with a chance of 5e-6). Without a declared number every row is a picture of its own.
+    return seed_of(salt, int(declared is not None), index if declared is None else declared)
+
+
+def collate_images(samples: list[dict[str, Any]], *, visual: str = "image") -> dict[str, Any]:
+    """image float32[B, 3, H, W] or features, text_input (B strings), image_id int64[B], index int64[B]."""
+    return {
+        visual: stack_images([sample[visual] for sample in samples]),
+        "text_input": [sample["text_input"] for sample in samples],
+        "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
+        "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+    }
 
 
 @contextmanager

@@ -9,20 +9,18 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.datasets.base import Rows, UnreadableSample
+from lavis_lite.datasets.base import MAX_ATTEMPTS, Rows, UnreadableSample
 from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
+from lavis_lite.datasets.shard_stream import Position, ShardStream, StreamReader, reader_key, start_places
 
 logger = logging.getLogger(__name__)
-
-# How many other rows are tried in place of an unreadable one before the batch is given up.
-MAX_ATTEMPTS = 16
 
 
 class Task(NamedTuple):
@@ -33,23 +31,50 @@ class Task(NamedTuple):
     rows: list[int]
 
 
+class StreamTask(NamedTuple):
+    """One batch that a reader takes from a stream, as it comes. reader: among those of all ranks."""
+
+    dataset: int
+    reader: int
+    size: int
+
+
 class Fetched(NamedTuple):
-    """A batch (None when no row could be read), its number of rows, (path, reason) of each failed read."""
+    """A batch (None when no row could be read), its number of rows, (path, reason) of each failed read.
+
+    place: of a stream's reader after it, by the reader's key.
+    """
 
     batch: dict[str, Any] | None
     size: int
     failures: list[tuple[str, str]]
+    place: tuple[str, Position] | None = None
 
 
 class TrainReader(Dataset[Fetched]):
-    """Reads whole batches; an unreadable row is replaced by one that (seed, epoch, row, attempt) fix."""
+    """Reads whole batches; an unreadable row is replaced by one that (seed, epoch, row, attempt) fix.
 
-    def __init__(self, datasets: Sequence[Rows], seed: int) -> None:
+    readers: of each stream, over all ranks. places: where they begin, by key. Each process opens those it is asked for.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Rows | ShardStream],
+        seed: int,
+        readers: int = 1,
+        places: Mapping[str, Position] | None = None,
+    ) -> None:
         self.datasets = list(datasets)
         self.seed = seed
+        self.readers = readers
+        self.places = places or {}
+        self._open: dict[str, StreamReader] = {}
 
-    def __getitem__(self, task: Task) -> Fetched:
+    def __getitem__(self, task: Task | StreamTask) -> Fetched:
         dataset = self.datasets[task.dataset]
+        if isinstance(task, StreamTask):
+            return self._take(dataset, task)
+        assert not isinstance(dataset, ShardStream)
         failures: list[tuple[str, str]] = []
         samples = []
         for epoch, row in zip(task.epochs, task.rows, strict=True):
@@ -58,6 +83,21 @@ class TrainReader(Dataset[Fetched]):
                 return Fetched(None, 0, failures)
             samples.append(sample)
         return Fetched(dataset.collate(samples), len(samples), failures)
+
+    def _take(self, stream: Any, task: StreamTask) -> Fetched:
+        key = reader_key(stream, task.reader, self.readers)
+        if key not in self._open:
+            self._open[key] = StreamReader(
+                stream,
+                seed=seed_of(self.seed, task.dataset),
+                reader=task.reader,
+                readers=self.readers,
+                start=self.places.get(key),
+            )
+        taken = self._open[key].take(task.size)
+        if len(taken.samples) < task.size:
+            return Fetched(None, 0, taken.failures)
+        return Fetched(stream.collate(taken.samples), task.size, taken.failures, (key, taken.position))
 
     def _load(
         self, dataset: Rows, key: tuple[int, int, int, int], failures: list[tuple[str, str]]
@@ -76,6 +116,10 @@ class EvalReader(Dataset[Fetched]):
     """Reads whole batches of given rows; unreadable ones are left out."""
 
     def __init__(self, dataset: Rows) -> None:
+        if isinstance(dataset, ShardStream):
+            raise ConfigError(
+                f"dataset '{dataset.name}': a stream is for training; evaluation needs local .tar files"
+            )
         self.dataset = dataset
 
     def __getitem__(self, task: Task) -> Fetched:
@@ -137,7 +181,8 @@ class TrainLoader:
     size).
 
     Args:
-        datasets: what to read; with several, each batch comes from one of them.
+        datasets: what to read; with several, each batch comes from one of them. A `ShardStream` has an order that
+            depends on ranks and workers too, and readers with a place.
         ratios: how often each is drawn; None draws in proportion to their rows.
         batch_size: rows per process; the global batch is `world_size` times that, and rank r gets rows
             [r * batch_size, (r + 1) * batch_size) of it.
@@ -151,7 +196,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        datasets: Sequence[Rows],
+        datasets: Sequence[Rows | ShardStream],
         ratios: Sequence[float] | None = None,
         *,
         batch_size: int,
@@ -164,7 +209,17 @@ class TrainLoader:
         prefetch: int = 2,
     ) -> None:
         _check_sizes(datasets, rank, world_size)
+        for dataset in datasets:
+            if isinstance(dataset, ShardStream):
+                dataset.check_readers(world_size, num_workers)
         self.seed = seed
+        self.datasets = list(datasets)
+        # Of each stream: this rank's are the numbers from the first on.
+        self.own_readers = max(1, num_workers)
+        self.first_reader = rank * self.own_readers
+        self.readers = world_size * self.own_readers
+        # Where this rank's readers are after the batches handed out: what `batches` goes on from.
+        self.places: dict[str, Position] = {}
         self.weights = _weights(datasets, ratios)
         self.part = range(rank * batch_size, (rank + 1) * batch_size)
         global_batch = world_size * batch_size
@@ -176,7 +231,6 @@ class TrainLoader:
         self.counter = ReadCounter(max_bad_fraction)
         # Seconds `batches` has waited for data; whoever reports it may set it back to 0.
         self.data_wait_s = 0.0
-        self._reader = TrainReader(datasets, seed)
         self._options = _loader_options(num_workers, pin_memory, prefetch)
         for dataset in datasets:
             if len(dataset) < global_batch and rank == 0:
@@ -197,19 +251,35 @@ class TrainLoader:
         """Reads that failed in this process; a file that is met again in a later epoch counts again."""
         return self.counter.bad
 
-    def batches(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
+    @property
+    def has_streams(self) -> bool:
+        """Whether a dataset is a stream, so that going on needs `places` besides the number of the batch."""
+        return any(isinstance(dataset, ShardStream) for dataset in self.datasets)
+
+    def batches(
+        self, start_batch: int = 0, places: Mapping[str, Sequence[int]] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
         """This rank's part of every global batch from number `start_batch` on, endlessly.
+
+        places: those of all ranks' readers after the batches before, where a dataset is a stream.
 
         Raises DataError when too many rows can't be read. Closing the iterator ends its workers, and so does the
         end of the program.
         """
+        self.places = dict(
+            place
+            for dataset in self.datasets
+            if isinstance(dataset, ShardStream)
+            for place in start_places(dataset, self.readers, places or {}).items()
+        )
         stream = self._stream(start_batch)
         # At the exit multiprocessing waits for workers, which here end when they are told to and not by SIGTERM.
         atexit.register(_close, weakref.ref(stream))
         return stream
 
     def _stream(self, start_batch: int) -> Generator[dict[str, Any], None, None]:
-        fetched = iter(DataLoader(self._reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
+        reader = TrainReader(self.datasets, self.seed, self.readers, self.places)
+        fetched = iter(DataLoader(reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
         while True:
             start = time.perf_counter()
             item: Fetched = next(fetched)
@@ -218,11 +288,19 @@ class TrainLoader:
             if item.batch is None:
                 self.counter.stop(*item.failures[-1])
                 return
+            if item.place is not None:
+                key, self.places[key] = item.place
             yield item.batch
 
-    def _tasks(self, start_batch: int) -> Iterator[Task]:
-        for dataset, number in mixed(self.weights, seed=self.seed, start=start_batch):
-            yield Task(dataset, *self.streams[dataset].rows(number, self.part))
+    def _tasks(self, start_batch: int) -> Iterator[Task | StreamTask]:
+        draws = mixed(self.weights, seed=self.seed, start=start_batch)
+        for batch, (dataset, number) in enumerate(draws, start_batch):
+            if isinstance(self.datasets[dataset], ShardStream):
+                # DataLoader gives its workers tasks by turns, so that a reader stays with one of them.
+                reader = self.first_reader + batch % self.own_readers
+                yield StreamTask(dataset, reader, len(self.part))
+            else:
+                yield Task(dataset, *self.streams[dataset].rows(number, self.part))
 
 
 class EvalLoader:
@@ -293,19 +371,24 @@ def eval_loader(
     )
 
 
+def read_in_order(reader: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
+    """What a reader makes of each task, read ahead by worker processes, in the tasks' order."""
+    return iter(DataLoader(reader, sampler=tasks, **_loader_options(num_workers, None, prefetch=2)))
+
+
 def _close(stream: weakref.ref[Generator[Any, None, None]]) -> None:
     generator = stream()
     if generator is not None:
         generator.close()
 
 
-class _Stream(Iterable[Task]):
+class _Stream(Iterable[Task | StreamTask]):
     """What DataLoader calls a sampler: here it hands out whole batches."""
 
-    def __init__(self, tasks: Iterator[Task]) -> None:
+    def __init__(self, tasks: Iterator[Task | StreamTask]) -> None:
         self._tasks = tasks
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Task | StreamTask]:
         return self._tasks
 
 
@@ -334,7 +417,7 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _check_sizes(datasets: Sequence[Rows], rank: int, world_size: int) -> None:
+def _check_sizes(datasets: Sequence[Rows | ShardStream], rank: int, world_size: int) -> None:
     if not datasets:
         raise ConfigError("no dataset to train on: the config's `datasets` section has no train split")
     if not 0 <= rank < world_size:
@@ -344,7 +427,7 @@ def _check_sizes(datasets: Sequence[Rows], rank: int, world_size: int) -> None:
             raise DataError(f"dataset '{dataset.name}' has no rows to train on")
 
 
-def _weights(datasets: Sequence[Rows], ratios: Sequence[float] | None) -> list[float]:
+def _weights(datasets: Sequence[Rows | ShardStream], ratios: Sequence[float] | None) -> list[float]:
     if ratios is None:
         return [float(len(dataset)) for dataset in datasets]
     if len(ratios) != len(datasets):

@@ -25,6 +25,8 @@ ROUNDS = 6
 _WORD = (1 << 64) - 1
 # Separates the uses of one seed from each other.
 ORDER, AUGMENT, REPLACE, MIX = range(1, 5)
+# Of stored features: what a view looks like, and which one is drawn.
+VIEW, CHOICE = 11, 12
 
 
 def _scramble(words: Words) -> Words:

@@ -100,12 +100,13 @@ class Source:
 
 
 class RecordTable:
-    """Rows of a table by number. Pickles as its path alone."""
+    """Rows of a table by number. Pickles as its path alone. metadata: what `write_table` was told of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         table = reader.read_all()
+        self.metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         self._columns = [table.column(name) for name in SCHEMA.names]
 
     def __len__(self) -> int:
@@ -114,6 +115,10 @@ class RecordTable:
     def __getitem__(self, index: int) -> Record:
         image, captions, image_id, problem, group, asked = (c[index].as_py() for c in self._columns)
         return Record(image, captions or [], image_id, problem, group, asked and Asked(**asked))
+
+    def images(self) -> pa.ChunkedArray:
+        """Every row's picture path, as `Record.image` has it."""
+        return self._columns[0]
 
     def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
         return RecordTable, (self.path,)
@@ -160,11 +165,12 @@ def _convert(source: Source, target: Path) -> None:
     logger.info("%s: %d rows, as a table in %s", source.path, count, target)
 
 
-def write_table(rows: Iterable[Row], path: Path) -> int:
+def write_table(rows: Iterable[Row], path: Path, *, metadata: dict[str, str] | None = None) -> int:
     """Write rows as an Arrow file, `ROWS_PER_BATCH` of them in memory at a time; returns how many."""
     count = 0
     iterator = iter(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    schema = SCHEMA.with_metadata(metadata)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(itertools.islice(iterator, ROWS_PER_BATCH)):
             writer.write_batch(_batch(batch))
             count += len(batch)
@@ -175,7 +181,7 @@ def _batch(rows: list[Row]) -> pa.RecordBatch:
     columns = [
         [row.image for row in rows],
         [row.captions for row in rows],
-        [_number(row.image_id) for row in rows],
+        [number_of(row.image_id) for row in rows],
         [row.problem for row in rows],
         [row.group for row in rows],
         [asdict(row.question) if row.question else None for row in rows],
@@ -184,7 +190,7 @@ def _batch(rows: list[Row]) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=SCHEMA)
 
 
-def _number(image_id: Any) -> int | None:
+def number_of(image_id: Any) -> int | None:
     """A picture's number as int64: whole numbers as they are, anything else by 63 bits of its hash.
 
     None for an empty field and for NaN, which pandas writes for one: such rows are not one picture.
@@ -224,7 +230,7 @@ def _split(rows: Iterable[Row]) -> Iterator[Row]:
             yield row
             continue
         # Pictures without a number count by their row; below zero these meet no declared one.
-        known = -1 - number if _number(row.image_id) is None else row.image_id
+        known = -1 - number if number_of(row.image_id) is None else row.image_id
         for caption in row.captions:
             yield replace(row, captions=[caption], image_id=known)
 

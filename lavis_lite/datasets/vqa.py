@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.image_text import ImageTextDataset, seeded
+from lavis_lite.datasets.image_text import ImageTextDataset
 from lavis_lite.datasets.readers import Asked
 from lavis_lite.datasets.records import Record
 
@@ -40,30 +40,27 @@ class QuestionDataset(ImageTextDataset):
             "image_id": record.image_id,
         }
 
-    def load(self, index: int, *, seed: int) -> dict[str, Any]:
-        """One processed row: image float32[3, H, W], text_input (the question), text_output (the answer), question_id,
+    def _draw_texts(self, index: int, record: Record, part: int) -> dict[str, Any]:
+        """What `load` gives besides the image: text_input (the question), text_output (the answer), question_id,
         image_id, index.
 
         Each of the answers people gave is drawn as often as the others, so that one that five of ten gave comes half
-        of the time. Draw and augmentation depend on (index, seed) alone. text_output is empty where the file has no
-        answers. Raises UnreadableSample.
+        of the time. text_output is empty where the file has no answers. Raises UnreadableSample.
         """
-        record, part = self._record(index)
         asked = self._asked(record, part)
         answers = [answer for answer in asked.answers if answer] or [""]
-        with seeded(seed):
-            answer = answers[int(torch.randint(len(answers), ()))]
-            return {
-                self.visual: self._see(self._path(record, part)),
-                "text_input": self.text_processor(asked.text),
-                "text_output": answer,
-                "question_id": json.loads(asked.id),
-                "image_id": self._image_id(index, record),
-                "index": index,
-            }
+        answer = answers[int(torch.randint(len(answers), ()))]
+        return {
+            "text_input": self.text_processor(asked.text),
+            "text_output": answer,
+            "question_id": json.loads(asked.id),
+            "image_id": self._image_id(index, record),
+            "index": index,
+        }
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """image float32[B, 3, H, W]; text_input, text_output and question_id (B each); image_id and index int64[B]."""
+        """image float32[B, 3, H, W] or features; text_input, text_output and question_id (B each); image_id and index
+        int64[B]."""
         batch = super().collate(samples)
         lists = {key: [sample[key] for sample in samples] for key in ("text_output", "question_id")}
         return {**batch, **lists}

@@ -14,7 +14,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.models.decoding import DecodingRules, Search
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.ranking import log_likelihoods
-from lavis_lite.samples import prompts_of, texts_of, visual_of
+from lavis_lite.samples import Images, prompts_of, texts_of, visual_of
 
 QUESTION = "{}"  # a template's place for the question
 
@@ -97,7 +97,7 @@ class QuestionAnswering(ABC):
         """Where the parameters are."""
 
     @abstractmethod
-    def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+    def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
         """See `Blip2Generative`."""
 
     @abstractmethod
@@ -199,9 +199,10 @@ class QuestionAnswering(ABC):
         answers = check_list(answer_list, num_ans_candidates)
         asked = self._wrapped(questions_in(samples, template=prompt, own=self.prompt))
         visual = self.visual_prompt(visual_of(samples).to(self.device), asked.questions)
-        decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=1)
         ids = self.language_model.answer_ids(asked.prompts, answers, max_length=self.max_txt_len)
-        return log_likelihoods(decoder, ids, keep=num_ans_candidates, device=visual.device)
+        with self.language_model.arithmetic():
+            decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=1)
+            return log_likelihoods(decoder, ids, keep=num_ans_candidates, device=visual.device)
 
     def _wrapped(self, asked: Asked) -> Asked:
         """With the language model's prompts in its chat format, where it has one; a Q-Former knows none."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavis_lite.common.device import cpu_flags
+from lavis_lite.common.device import cpu_flags, device_type_of
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def attend(
 
 
 def _explicit_is_faster(q: Tensor) -> bool:
-    low_precision_on_cpu = q.device.type == "cpu" and q.dtype != torch.float32
+    low_precision_on_cpu = device_type_of(q) == "cpu" and q.dtype != torch.float32
     return low_precision_on_cpu and q.requires_grad and cpu_has_bf16_tiles()
 
 

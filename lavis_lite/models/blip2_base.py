@@ -18,6 +18,7 @@ from lavis_lite.models.qformer import QFormer, QFormerConfig
 from lavis_lite.models.qformer_states import ImageKV, QueryStates
 from lavis_lite.models.tokenizer import TextTokenizer, TextTokens
 from lavis_lite.models.vision.tower import build_vision_tower
+from lavis_lite.samples import Images
 
 
 class Blip2Base(BaseModel):
@@ -89,8 +90,9 @@ class Blip2Base(BaseModel):
         """The queries: pulling them to zero means nothing."""
         return {"query_tokens"}
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, P, C] after `ln_vision`, which computes in float32."""
+    def encode_image(self, image: Images) -> Tensor:
+        """Images [B, 3, H, W], or the encoder's stored features of them -> features [B, P, C] after `ln_vision`, which
+        computes in float32."""
         features = self.visual_encoder(image)
         with torch.autocast(features.device.type, enabled=False):
             return self.ln_vision(features.float())
@@ -108,14 +110,15 @@ class Blip2Base(BaseModel):
         return self.Qformer.encode_queries(self.query_tokens, images)
 
     @torch.no_grad()
-    def where_queries_look(self, image: Tensor, texts: Sequence[str] | None = None) -> Tensor:
+    def where_queries_look(self, image: Images, texts: Sequence[str] | None = None) -> Tensor:
         """How much attention each part of the images gets: float32[B, side, side], the mean over queries, heads and the
         blocks that look at the image.
 
         It shows what the queries read from, not what decided the answer. Sums are below 1 where class tokens got some.
 
         Args:
-            image: [B, 3, H, W]. texts: B texts that the queries read beside the images; None for images alone.
+            image: [B, 3, H, W], or stored features. texts: B texts that the queries read beside the images; None for
+                images alone.
         """
         image_kv = self.project_image(self.encode_image(image))
 

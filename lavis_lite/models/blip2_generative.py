@@ -20,13 +20,13 @@ from lavis_lite.models.answers import QUESTION, Asked, Generated, QuestionAnswer
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
-from lavis_lite.models.frames import FrameJoin, VideoConfig, as_frames
+from lavis_lite.models.frames import FrameJoin, VideoConfig, split_frames
 from lavis_lite.models.language.adapter import LanguageModel
 from lavis_lite.models.language.loading import LanguageModelConfig
 from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.text_side import TEXT_SIDE, has_text_side, load_text_side
 from lavis_lite.models.vision.tower import validate_vision_config
-from lavis_lite.samples import complete_questions, complete_samples, visual_of
+from lavis_lite.samples import Images, complete_questions, complete_samples, visual_of
 
 # What a stage-1 checkpoint holds that stage 2 has no place for; where no question is read, the text side neither.
 STAGE1_HEADS = (r"^(vision_proj|text_proj|itm_head)\.", r"^temp$", r"^Qformer\.cls\.")
@@ -186,22 +186,24 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
                 "model.prompt to what asks one, with {} in its place, such as 'Question: {} Answer:'"
             )
         visual, texts = self.visual_prompt(batch["image"]), batch["text_input"]
-        if not self.prompt:
-            return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
-        prompts = self.language_model.wrapped([self.prompt]) * len(texts)
-        return self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
+        with self.language_model.arithmetic():
+            if not self.prompt:
+                return self.language_model.pretraining_losses(visual, texts, max_length=self.max_txt_len)
+            prompts = self.language_model.wrapped([self.prompt]) * len(texts)
+            return self.language_model.answer_losses(visual, prompts, texts, max_length=self.max_txt_len)
 
     def _answer_losses(self, samples: Mapping[str, Any]) -> Tensor:
         batch = complete_questions(samples)
         questions = batch["text_input"]
         visual = self.visual_prompt(batch["image"], questions)
         prompts = self.language_model.wrapped([fill(self.prompt, question) for question in questions])
-        return self.language_model.answer_losses(
-            visual, prompts, batch["text_output"], max_length=self.max_txt_len
-        )
+        with self.language_model.arithmetic():
+            return self.language_model.answer_losses(
+                visual, prompts, batch["text_output"], max_length=self.max_txt_len
+            )
 
-    def visual_prompt(self, image: Tensor, questions: Sequence[str] | None = None) -> Tensor:
-        """Images [B, 3, H, W] -> [B, Q, L], in the place of so many token embeddings.
+    def visual_prompt(self, image: Images, questions: Sequence[str] | None = None) -> Tensor:
+        """Images [B, 3, H, W], or stored features of them -> [B, Q, L], in the place of so many token embeddings.
 
         Clips [B, F, 3, H, W] -> [B, F * Q, L] or [B, Q, L], as `video.join` says: every frame is seen by itself, with
         the question, and their query outputs are joined.
@@ -211,9 +213,9 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
 
         Raises ValueError when they are needed and absent, InputError for clips of too many frames.
         """
-        frames = as_frames(image)
-        batch, count = frames.shape[:2]
-        image_embeds = self.encode_image(frames.flatten(0, 1))
+        pictures, count = split_frames(image)
+        image_embeds = self.encode_image(pictures)
+        batch = len(image)
         if not self.qformer_text_input:
             queries = self.encode_queries(image_embeds).output
         elif questions is None:
@@ -239,6 +241,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         temperature: float = 1.0,
         *,
         max_new_tokens: int | None = None,
+        draws: Tensor | None = None,
     ) -> list[str]:
         """Texts for images or clips: B * num_captions of them, an image's together; never with the prompt in them.
 
@@ -251,6 +254,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             max_length, min_length: of new tokens, without the end. max_new_tokens: the same as max_length.
             length_penalty: beams are ranked by log-probability / length ** length_penalty.
             num_captions: per image; above 1 it needs sampling or at least as many beams.
+            draws: what decides when sampling, see `Search`; without it torch's generator does.
 
         Raises ValueError for prompts that don't fit the images, or impossible settings.
         """
@@ -266,6 +270,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             num_captions=num_captions,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
+            draws=draws,
         ).texts
 
     @torch.no_grad()
@@ -283,11 +288,12 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         num_captions: int = 1,
         temperature: float = 1.0,
         max_new_tokens: int | None = None,
+        draws: Tensor | None = None,
     ) -> Generated:
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
         log-probability of a token otherwise."""
         asked = asked_of(samples, template=self.prompt)
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        search = Search(num_beams, num_captions, use_nucleus_sampling, draws)
         rules = DecodingRules.for_search(
             search,
             end_id=self.language_model.end_id,
@@ -334,9 +340,10 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
     ) -> Generated:
         """What the language model says after the images' visual prompts and these texts."""
         visual = self.visual_prompt(visual_of(samples).to(self.device), asked.questions)
-        decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
         start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
-        decoded = decode(decoder, start, rules, search)
+        with self.language_model.arithmetic():
+            decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
+            decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
         return Generated(texts, decoded.scores.flatten())
 

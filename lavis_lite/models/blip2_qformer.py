@@ -22,6 +22,7 @@ from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.decoding import DecodingRules, Search, decode
+from lavis_lite.models.explain import Explanation, Method, Score, explain
 from lavis_lite.models.qformer import QFormerConfig
 from lavis_lite.models.qformer_decoder import QFormerDecoder
 from lavis_lite.models.qformer_states import ImageKV, PairStart, QueryStates, Shares
@@ -318,6 +319,29 @@ class Blip2QFormer(Blip2Base):
         """ITM score of each pair [B]: the probability that image and text match, in [0, 1]."""
         return self.match_logits(*self._pairs(samples)).float().softmax(-1)[:, 1]
 
+    def explain(
+        self,
+        image: Tensor,
+        text: str | Sequence[str],
+        *,
+        method: Method = "gradcam",
+        score: Score = "itg",
+        per_word: bool = False,
+    ) -> list[Explanation]:
+        """Where in each image the evidence for its text lies, and if asked for each of its words.
+
+        Args:
+            image: [B, 3, H, W]. text: one for all images, or one each.
+            method: "gradcam": cross-attention weights times the score's positive gradients in them. "attention": the
+                weights alone, the mean over queries, heads and blocks of the ITM pass; it knows no words. "occlusion":
+                how far the score falls when a part of the picture is covered, a pass of everything for each part.
+            score: what is explained, "itm" or "itg", see `lavis_lite.models.explain`.
+
+        Raises InputError for another method or score, a text without a word, images and texts that don't fit together.
+        """
+        texts = complete_samples({"image": image, "text_input": text})["text_input"]
+        return explain(self, image.to(self.device), texts, method=method, score=score, per_word=per_word)
+
     def _pairs(self, samples: Mapping[str, Any]) -> tuple[Tensor, TextTokens]:
         batch = complete_samples(samples)
         return self.encode_image(batch["image"].to(self.device)), self.tokenize(batch["text_input"])
@@ -335,6 +359,8 @@ class Blip2QFormer(Blip2Base):
         num_captions: int = 1,
         temperature: float = 1.0,
         length_penalty: float = 1.0,
+        *,
+        draws: Tensor | None = None,
     ) -> list[str]:
         """Captions of images by the ITG decoder: beam search, greedy (`num_beams=1`) or nucleus sampling.
 
@@ -343,13 +369,14 @@ class Blip2QFormer(Blip2Base):
             max_length, min_length: of new tokens; at most `max_txt_len - 1`, as long as captions were in
                 training.
             num_captions: per image; above 1 it needs sampling or at least as many beams.
+            draws: what decides when sampling, see `Search`; without it torch's generator does.
 
         Returns: B * num_captions texts, an image's together.
         """
         image = image_of(samples).to(self.device)
         queries = self.encode_queries(self.encode_image(image))
         tokenizer = self.tokenizer
-        search = Search(num_beams, num_captions, use_nucleus_sampling)
+        search = Search(num_beams, num_captions, use_nucleus_sampling, draws)
         rules = DecodingRules.for_search(
             search,
             end_id=tokenizer.sep_id,

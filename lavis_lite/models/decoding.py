@@ -58,11 +58,16 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Search:
-    """How many texts are sought for an input, and how: `keep` by nucleus sampling, or the best of `num_beams`."""
+    """How many texts are sought for an input, and how: `keep` by nucleus sampling, or the best of `num_beams`.
+
+    draws: float[B * keep, L] in [0, 1), the chance of every row's every token, for sampling that depends on nothing
+    else: not on the batch, nor on torch's generator. L is at least as long as a text may be.
+    """
 
     num_beams: int = 1
     keep: int = 1
     nucleus: bool = False
+    draws: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -147,7 +152,8 @@ def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search
     Raises InputError when more texts are sought than there are beams.
     """
     if search.nucleus:
-        decoded = sample(decoder, start.repeat_interleave(search.keep), rules, greedy=False)
+        starts = start.repeat_interleave(search.keep)
+        decoded = sample(decoder, starts, rules, greedy=False, draws=search.draws)
     elif search.num_beams == 1 and search.keep == 1:
         decoded = sample(decoder, start, rules, greedy=True)
     else:
@@ -156,23 +162,29 @@ def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search
     return Decoded(decoded.ids.reshape(*shape, -1), decoded.scores.reshape(shape))
 
 
-def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: bool) -> Decoded:
+def sample(
+    decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: bool, draws: Tensor | None = None
+) -> Decoded:
     """One continuation per row: the likeliest token each time, or a draw from the nucleus.
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al.,
     2020).
 
     Args:
-        start: int64[R].
+        start: int64[R]. draws: as of `Search`.
 
     Returns: one continuation (K = 1) for each of the R rows.
+    Raises InputError for draws that are too few.
     """
+    if draws is not None and (len(draws) != len(start) or draws.shape[1] < rules.max_length):
+        raise InputError(f"{list(draws.shape)} draws for {len(start)} texts of {rules.max_length} tokens")
     ids, said = start, start.new_empty(start.shape[0], 0)
     ended = torch.zeros_like(start, dtype=torch.bool)
     total, length = torch.zeros(start.shape, device=start.device), torch.zeros_like(start)
-    for _ in range(rules.max_length):
+    for place in range(rules.max_length):
         log_probs = rules.log_probs(decoder.step(ids), said)
-        ids = log_probs.argmax(-1) if greedy else _draw_from_nucleus(log_probs.exp(), rules.top_p)
+        chance = None if draws is None else draws[:, place].to(log_probs.device)
+        ids = log_probs.argmax(-1) if greedy else draw_from_nucleus(log_probs.exp(), rules.top_p, chance)
         ids = ids.masked_fill(ended, rules.end_id)
         total = total + log_probs.gather(1, ids[:, None]).squeeze(1).masked_fill(ended, 0.0)
         length = length + (~ended).long()
@@ -183,10 +195,22 @@ def sample(decoder: Decoder, start: Tensor, rules: DecodingRules, *, greedy: boo
     return Decoded(said[:, None], (total / length)[:, None])
 
 
-def _draw_from_nucleus(probs: Tensor, top_p: float) -> Tensor:
+def draw_from_nucleus(probs: Tensor, top_p: float, chance: Tensor | None = None) -> Tensor:
+    """A token int64[R] of each row's nucleus; probs: float[R, V].
+
+    Args:
+        chance: float[R] in [0, 1), what decides; without it torch's generator does.
+    """
     probs, order = probs.sort(-1, descending=True)
     before = probs.cumsum(-1) - probs
-    drawn = torch.multinomial(probs.masked_fill(before >= top_p, 0.0), 1)
+    nucleus = probs.masked_fill(before >= top_p, 0.0)
+    if chance is None:
+        drawn = torch.multinomial(nucleus, 1)
+    else:
+        reached = nucleus.cumsum(-1)
+        drawn = torch.searchsorted(reached, chance[:, None].to(reached.dtype) * reached[:, -1:], right=True)
+        # The product may round up to the whole, behind which there is nothing.
+        drawn = drawn.minimum((nucleus > 0).sum(-1, keepdim=True) - 1)
     return order.gather(1, drawn).squeeze(1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.errors import ConfigError, InputError
+from lavis_lite.samples import Images
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class FrameJoin(nn.Module):
         return queries.flatten(1, 2)
 
 
-def as_frames(visual: Tensor) -> Tensor:
-    """Images [B, 3, H, W] as clips of one frame; clips [B, F, 3, H, W] as they are."""
-    return visual[:, None] if visual.dim() == 4 else visual
+def split_frames(visual: Images) -> tuple[Images, int]:
+    """Pictures to be encoded one by one, and how many each row has: clips [B, F, 3, H, W] -> [B * F, 3, H, W] and F.
+
+    Images [B, 3, H, W], and stored features of such, are as they are, with one frame each.
+    """
+    if isinstance(visual, Tensor) and visual.dim() == 5:
+        return visual.flatten(0, 1), visual.shape[1]
+    return visual, 1

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear
 
+from lavis_lite.common.device import device_type_of
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.models.qformer_layers import EPS, QFormerLayer
 from lavis_lite.models.qformer_states import (
@@ -183,7 +184,7 @@ class QFormer(nn.Module):
         """
         ids = torch.cat([tokens.input_ids.flatten(), tokens.input_ids.new_tensor([dec_id])])
         table = self.embeddings.word_embeddings.weight
-        words = F.embedding(ids, table, sparse=table.device.type == "cpu")
+        words = F.embedding(ids, table, sparse=device_type_of(table) == "cpu")
         return replace(tokens, words=words[:-1].unflatten(0, tokens.input_ids.shape), dec_word=words[-1])
 
     def project_image(self, image_embeds: Tensor) -> ImageKV:

@@ -74,6 +74,14 @@ class TextTokens:
         return TextTokens(ids, mask, words), self.input_ids[:, 1:][mask]
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word as it stands in a text, and the places of its tokens, [CLS] being at 0."""
+
+    text: str
+    places: tuple[int, ...]
+
+
 class TextTokenizer:
     """A BERT tokenizer with [DEC] added, as LAVIS adds it: the last id of the vocabulary.
 
@@ -108,6 +116,20 @@ class TextTokenizer:
             list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
         )
         return TextTokens(encoded["input_ids"], encoded["attention_mask"].bool())
+
+    def words(self, text: str, *, max_length: int) -> list[Word]:
+        """The words of a text that is cut to `max_length` tokens, as the tokenizer splits it; punctuation is none."""
+        encoded = self._tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        spans: dict[int, list[int]] = {}
+        for place, number in enumerate(encoded.word_ids()):
+            if number is not None:
+                spans.setdefault(number, []).append(place)
+        offsets = encoded["offset_mapping"]
+        found = [
+            Word(text[offsets[places[0]][0] : offsets[places[-1]][1]], tuple(places))
+            for places in spans.values()
+        ]
+        return [word for word in found if any(letter.isalnum() for letter in word.text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens and surrounding blanks."""

@@ -23,6 +23,8 @@ CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.yaml", "log.jsonl", "summary.json"
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
 FIXED_SECTIONS = ("model", "datasets", "task")
 FIXED_RUN_KEYS = ("seed", "train_split", "batch_size_train", "accum_grad_iters")
+# Of run.features, where the run reads stored features.
+FIXED_FEATURE_KEYS = ("views", "precision", "seed")
 # What changes neither weights nor results, so a finished run stays finished.
 FREE_RUN_KEYS = (
     "resume",
@@ -137,6 +139,10 @@ def _set_aside(run_dir: Path, names: list[str]) -> None:
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
     run = content.get("run", {})
     fixed_run = {key: run[key] for key in FIXED_RUN_KEYS if key in run}
+    # False also for a run that older versions saved.
+    fixed_run["cache_features"] = run.get("cache_features", False)
+    if fixed_run["cache_features"]:
+        fixed_run["features"] = {key: run["features"][key] for key in FIXED_FEATURE_KEYS}
     return {**{name: content.get(name, {}) for name in FIXED_SECTIONS}, "run": fixed_run}
 
 

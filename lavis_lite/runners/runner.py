@@ -69,7 +69,9 @@ class Runner:
             with self.signals, self.progress:
                 if self._owes_evaluation():
                     self.validate()
-                batches = self.parts.loader.batches(self.state.step * self.cfg.run.accum_grad_iters)
+                batches = self.parts.loader.batches(
+                    self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
+                )
                 while not self.finished and not self.stopping:
                     self.train_step(batches)
                     self.log()
@@ -205,6 +207,7 @@ class Runner:
             "lr": parts.schedule(step - 1),
             "images_per_s": round(images / window.seconds, 2),
             "data_wait": round(window.wait / window.steps, 5),
+            "data_wait_share": round(window.wait / window.seconds, 4),
             "elapsed_s": round(self._elapsed(), 2),
             "skipped": self.state.skipped,
             "bad_images": parts.loader.bad_images,
@@ -253,6 +256,9 @@ class Runner:
         self._saved_at = time.monotonic()
         folder = self.run_dir / ckpt.FOLDER
         self.saved = ckpt.step_dir(folder, state.step)
+        if parts.loader.has_streams:
+            ranks = dist.gather_objects(parts.loader.places)
+            state.stream_places = {key: tuple(place) for places in ranks for key, place in places.items()}
         if not dist.is_main():
             return
         state.scaler = parts.scaler.state_dict()

@@ -20,8 +20,13 @@ from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
+from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import build_model, without_sources
+from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.base import Strategy, build_strategy
+from lavis_lite.runners.compiling import compile_blocks
+from lavis_lite.runners.feature_build import Encoder
+from lavis_lite.runners.features import check_encoder, with_features
 from lavis_lite.runners.resume import StartPoint
 from lavis_lite.tasks.base import EvalArgs
 
@@ -87,14 +92,20 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     strategy = build_strategy(run.strategy)
     if run.max_steps is None and run.max_epochs is None:
         raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
+    if run.cache_features:
+        check_encoder(cfg)
     schedule_class = registry.get_lr_scheduler_class(run.lr_sched)
     # A checkpoint holds the weights that other runs once gave.
     model_cfg = without_sources(cfg.model) if resumed else cfg.model
     base = build_base(cfg, model_cfg=model_cfg, threads=state.num_threads if resumed else None)
+    if run.cache_features:
+        base.datasets = with_features(cfg, base.datasets, encoder_of(base))
     loader = build_loader(cfg, base.datasets)
     max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)
     if start.checkpoint is not None:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
+    if run.compile:
+        compile_blocks(base.model, base.device)
     wrapped = strategy.wrap(base.model, base.device)
     groups = optim.param_groups(base.model, run.weight_decay, run.lr_layer_decay)
     optimizer = optim.build_optimizer(groups, run.betas, base.device)
@@ -120,6 +131,12 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         loader=loader,
         max_steps=max_steps,
     )
+
+
+def encoder_of(base: Base) -> Encoder:
+    """The model's frozen image encoder as training calls it; see `check_encoder`."""
+    tower: VisionTower = base.model.visual_encoder  # type: ignore[assignment]  # of every model with such a section
+    return Encoder(tower, base.device, base.precision, batch_size=base.eval_args.batch_size)
 
 
 def build_loader(cfg: Config, datasets: Splits) -> TrainLoader:
@@ -172,7 +189,10 @@ def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
 
 def to_device(samples: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in samples.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, (Tensor, ImageFeatures)) else v
+        for k, v in samples.items()
+    }
 
 
 def describe(parts: Parts) -> str:

@@ -43,6 +43,7 @@ class TrainState:
     step: optimiser steps done. skipped: non-finite steps so far, and in a row up to now. elapsed_s: wall
     time of all the run's parts. best: {"metric", "value", "step"}. metrics: those of the newest evaluation,
     with its step in evaluated_step. started_from: the checkpoint that run.resume named, if it did.
+    stream_places: where the readers of streams were, all ranks' (`TrainLoader.places`).
     """
 
     step: int = 0
@@ -57,6 +58,7 @@ class TrainState:
     num_threads: int = 1
     world_size: int = 1
     started_from: str | None = None
+    stream_places: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers; a metric that is not finite becomes null, which JSON has."""

@@ -89,7 +89,11 @@ def _evenly(chosen: Tensor, number: int) -> list[int]:
 
 def thumbnail(dataset: Any, row: int) -> bytes:
     """A JPEG of a row's picture, at most 160 pixels a side."""
-    picture = dataset.image(row).convert("RGB")
+    return small_jpeg(dataset.image(row).convert("RGB"))
+
+
+def small_jpeg(picture: Image.Image) -> bytes:
+    """A JPEG of a picture in RGB, made at most 160 pixels a side."""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return jpeg(picture)
 

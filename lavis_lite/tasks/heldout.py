@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.datasets.loader import eval_loader
+from lavis_lite.image_features import ImageFeatures
 
 
 class ChosenRows:
@@ -91,7 +92,7 @@ def _means(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def to_device(samples: Mapping[str, Any], device: str | torch.device) -> dict[str, Any]:
     """The batch with its tensors on `device`."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: value.to(device, non_blocking=True) if isinstance(value, (Tensor, ImageFeatures)) else value
         for name, value in samples.items()
     }
 

@@ -104,12 +104,16 @@ def _page(
         rest.append(section("Configuration", opened, note="As resolved: with it the run can be repeated."))
     # Results first: what a reader came for. Curves explain them.
     body = [rest[0], _curves(log_rows, light), *rest[1:]]
-    said = escape(" · ".join(fact for fact in facts if fact))
+    return page(f"{name}: report", name, " · ".join(fact for fact in facts if fact), body)
+
+
+def page(title: str, heading: str, note: str, body: Sequence[str], *, style: str = "") -> str:
+    """A whole HTML page; title, heading and note are text, `body` is HTML, `style` is laid over the report's own."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}: report</title><style>{STYLE}</style></head>\n<body><header>"
-        f'<h1>{escape(name)}</h1><p class="note">{said}</p></header>\n'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><header>"
+        f'<h1>{escape(heading)}</h1><p class="note">{escape(note)}</p></header>\n'
         "<main>" + "\n".join(body) + "</main></body></html>\n"
     )
 

@@ -6,8 +6,10 @@ samples), V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +88,10 @@ class LanguageModel(nn.Module, ABC):
             self._tokenizer = load_tokenizer(self.config)
         return self._tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
     @property
     def width(self) -> int:
         """D, the width of the token embeddings."""
@@ -97,6 +103,17 @@ class LanguageModel(nn.Module, ABC):
         """What visual prompts are cast to: the type of the token embeddings."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What to call this model's methods in: weights in low precision compute in it, whatever autocast surrounds.
+
+        bf16 around fp16 weights would copy all of them at every step, and their embeddings can't be joined with its
+        results.
+        """
+        place, own = self.model.get_input_embeddings().weight.device.type, self.dtype
+        if own == torch.float32 or not torch.is_autocast_enabled(place):
+            return contextlib.nullcontext()
+        return torch.autocast(place, dtype=own)
 
     @property
     def end_id(self) -> int:

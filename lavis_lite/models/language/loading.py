@@ -94,7 +94,7 @@ def load_llm(auto_class: str, config: LanguageModelConfig) -> Any:
 
     load = getattr(transformers, auto_class).from_pretrained
     extra = {"quantization_config": _quantization(config)} if config.quantize != "none" else {}
-    with _quiet():
+    with quiet():
         try:
             model, report = load(
                 source_of(config.model_name),
@@ -168,7 +168,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar over the weights, of which a small model's run would show one every time."""
     from transformers.utils import logging
 

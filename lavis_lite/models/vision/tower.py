@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from typing_extensions import Self
 from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError, UnknownNameError
 from lavis_lite.common.registry import registry
+from lavis_lite.image_features import ImageFeatures
 
 CONTRACT = (
     "an encoder is an nn.Module from images [B, 3, H, W] to features [B, P, D], D = its int `num_features`"
@@ -94,8 +95,13 @@ class VisionTower(nn.Module):
         elif grad_checkpointing:
             encoder.set_grad_checkpointing(True)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features float32[B, P, D] of images float[B, 3, H, W]; ConfigError if the encoder gives others."""
+    def forward(self, images: Tensor | ImageFeatures) -> Tensor:
+        """Features float32[B, P, D] of images float[B, 3, H, W], or those that it made of them before.
+
+        Raises ConfigError if the encoder gives others.
+        """
+        if isinstance(images, ImageFeatures):
+            return self._made_before(images)
         if self.freeze:
             # Not inference_mode: its tensors can't be inputs of the trained layers that follow.
             with torch.no_grad(), self._autocast(images.device.type):
@@ -104,6 +110,16 @@ class VisionTower(nn.Module):
             features = self.encoder(images.float())
         _check_features(features, images, self.num_features, self.name)
         return features.float()
+
+    def _made_before(self, stored: ImageFeatures) -> Tensor:
+        shape = list(stored.values.shape)
+        if not self.freeze:
+            raise ConfigError(f"stored features {shape} can't stand for images of an encoder that is trained")
+        if len(shape) != 3 or shape[2] != self.num_features:
+            raise ConfigError(
+                f"stored features {shape} are of another encoder: '{self.name}' makes [B, P, {self.num_features}]"
+            )
+        return stored.float()
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode of a trained encoder; a frozen one stays in eval mode."""
@@ -225,9 +241,13 @@ def _check_features(features: object, images: Tensor, width: int, name: str) -> 
         )
 
 
+def low_precision_layers(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The layers of matrix products: nearly all of the memory; autocast takes care of the rest."""
+    return (module for module in encoder.modules() if isinstance(module, (nn.Linear, _ConvNd)))
+
+
 def _lower_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of matrix products: nearly all of the memory; autocast takes care of the rest."""
-    for module in encoder.modules():
+    for layer in low_precision_layers(encoder):
         # On the meta device, where shapes are worked out, there is no autocast to mix types.
-        if isinstance(module, (nn.Linear, _ConvNd)) and not module.weight.is_meta:
-            module.to(dtype)
+        if not layer.weight.is_meta:
+            layer.to(dtype)

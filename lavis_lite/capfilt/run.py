@@ -1,0 +1,141 @@
+"""`lavis-lite capfilt`, from the command's arguments to the last shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.capfilt.captioners import build_captioner
+from lavis_lite.capfilt.claims import Claims
+from lavis_lite.capfilt.inputs import ImageFolder, Inputs, TarShards
+from lavis_lite.capfilt.output import Output, refused
+from lavis_lite.capfilt.rankers import build_ranker
+from lavis_lite.capfilt.settings import Settings, differences
+from lavis_lite.capfilt.summary import finish
+from lavis_lite.capfilt.worker import Job, Stopped, Worker
+from lavis_lite.common.device import choose_device, choose_precision
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.io import atomic_write
+from lavis_lite.common.logging import get_logger
+from lavis_lite.common.signals import StopSignals
+
+logger = get_logger(__name__)
+
+SETTINGS = "settings"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pictures come from, where captions go, and on what: the command's other arguments.
+
+    images and annotations, or shards; see `ImageFolder` and `TarShards`. no_tars: annotations.jsonl alone.
+    """
+
+    out: str
+    images: str | None = None
+    shards: str | None = None
+    annotations: str | None = None
+    caption_field: str | None = None
+    group_by_image: bool = False
+    shard_size: int = 1000
+    no_tars: bool = False
+    batch_size: int = 16
+    device: str = "auto"
+    precision: str = "auto"
+    max_bad_fraction: float = 0.5
+    stale_after: float = 600.0
+
+    def check(self) -> None:
+        """Raise ConfigError for arguments that don't go together."""
+        if self.shards is not None:
+            for name in ("annotations", "no_tars", "group_by_image"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+    def inputs(self) -> Inputs:
+        """What is to be read."""
+        if self.shards is not None:
+            return TarShards(self.shards, caption_field=self.caption_field)
+        return ImageFolder(
+            Path(self.images or ".").expanduser(),
+            Path(self.annotations).expanduser() if self.annotations else None,
+            shard_size=self.shard_size,
+            caption_field=self.caption_field,
+            group_by_image=self.group_by_image,
+        )
+
+    def output(self) -> Output:
+        """What is to be written."""
+        folder = Path(self.out).expanduser()
+        return Output(folder, tars=not self.no_tars, annotations=self.images is not None)
+
+
+def run_capfilt(settings: Settings, place: Place) -> None:
+    """Do what is left of a job together with whoever else does, and print what came of it.
+
+    Raises ConfigError: another job's folder; DataError: input that can't be read, output that can't be written; and
+    what building the models raises.
+    """
+    place.check()
+    inputs, output = place.inputs(), place.output()
+    try:
+        claims = Claims(output.folder / "claims", stale_after=place.stale_after)
+        _agree(settings, inputs, output, claims)
+    except OSError as error:
+        raise refused(error, output.folder, 0) from error
+    job = Job(settings, inputs, output, place.batch_size, place.max_bad_fraction)
+    if any(output.manifest(name) is None for name in job.names):
+        _work(job, place, claims)
+    try:
+        summary = finish(output, job.names, claims)
+    except OSError as error:
+        raise refused(error, output.folder, len(job.names)) from error
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process tells it
+        print("\n".join([*summary.lines(), f"report: {output.folder / 'report.html'}"]))
+
+
+def _work(job: Job, place: Place, claims: Claims) -> None:
+    device = choose_device(place.device)
+    precision = choose_precision(place.precision, device)
+    captioner = build_captioner(job.settings, device, precision)
+    ranker = build_ranker(job.settings, device, precision)
+    with StopSignals() as signals:
+        worker = Worker(job, captioner, ranker, claims, signals)
+        try:
+            worker.run()
+        except Stopped:
+            logger.info("stopped by a signal; the same command goes on from here")
+            if signals.received == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(0) from None
+
+
+def _agree(settings: Settings, inputs: Inputs, output: Output, claims: Claims) -> None:
+    """Write down what is asked of a new folder; ConfigError when it was something else before."""
+    path = output.folder / f"{SETTINGS}.json"
+    mine: dict[str, Any] = {
+        "settings": asdict(settings),
+        "inputs": inputs.about,
+        "files": {"tars": output.tars, "annotations": output.annotations},
+    }
+    while not path.is_file():
+        claim = claims.take(SETTINGS)
+        if claim is not None:
+            try:
+                atomic_write(path, json.dumps(mine, indent=1) + "\n")
+            finally:
+                claims.clear([SETTINGS])
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = differences(settings, before.get("settings", {}))
+    if not changed and before.get("inputs") != mine["inputs"]:
+        changed = "the input is another"
+    if not changed and before.get("files") != mine["files"]:
+        changed = "--no-tars was given or not given before"
+    if changed:
+        raise ConfigError(f"--out '{output.folder}' holds another job: {changed}; choose another folder")

@@ -1,0 +1,102 @@
+"""Whether a dataset's files lie where its preset looks for them: what is there, what is missing, how many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lavis_lite.common.config import PRESETS, read_yaml
+from lavis_lite.common.errors import LavisLiteError
+from lavis_lite.datasets.builders import SPLITS, build_datasets
+from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.named import only_split
+from lavis_lite.datasets.tar_members import Address
+
+# Pictures looked for in each split, spread over its rows, unless all are.
+SPREAD = 20_000
+COUNTS = PRESETS / "dataset_counts.yaml"
+
+
+@dataclass
+class SplitLayout:
+    """What was found of a split.
+
+    problem: why it can't be read at all. rows: found. exact, published: how many there should be, or were once; None
+    where that isn't known. looked_for: rows whose picture was looked for. missing: paths of those that aren't there.
+    unusable: why rows can't be used, such as an empty caption.
+    """
+
+    split: str
+    problem: str | None = None
+    rows: int = 0
+    exact: int | None = None
+    published: int | None = None
+    looked_for: int = 0
+    missing: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether all is there that should be."""
+        counted = self.exact is None or self.exact == self.rows
+        return counted and not (self.problem or self.missing or self.unusable)
+
+    def lines(self) -> list[str]:
+        """What to tell a user of it."""
+        if self.problem is not None:
+            return [f"{self.split}: {self.problem}"]
+        told = [f"{self.rows:,} rows"]
+        if self.exact is not None:
+            told.append("as they should be" if self.exact == self.rows else f"there should be {self.exact:,}")
+        if self.published is not None:
+            told.append(f"{self.rows / self.published:.0%} of the {self.published:,} published")
+        there = self.looked_for - len(self.missing)
+        told.append(f"{there:,} of {self.looked_for:,} pictures looked for are there")
+        lines = [f"{self.split}: {', '.join(told)}"]
+        lines += [f"{self.split}: missing, for example {path}" for path in self.missing[:3]]
+        if self.unusable:
+            lines.append(
+                f"{self.split}: {len(self.unusable):,} rows can't be used, for example {self.unusable[0]}"
+            )
+        return lines
+
+
+def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = False) -> Iterator[SplitLayout]:
+    """Each split of a dataset's section, built and looked through.
+
+    all_rows: look for every picture, not for some thousands spread over the split. Pictures are not decoded.
+    """
+    counts = read_yaml(COUNTS)
+    for split in SPLITS:
+        if not section.get(split):
+            continue
+        found = SplitLayout(
+            split,
+            exact=counts["exact"].get(name, {}).get(split),
+            published=counts["published"].get(name, {}).get(split),
+        )
+        try:
+            dataset = build_datasets({name: only_split(section, split)})[name][split]
+        except LavisLiteError as error:
+            found.problem = str(error)
+        else:
+            found.rows = len(dataset)
+            if isinstance(dataset, ImageTextDataset):
+                _look_through(dataset, found, all_rows=all_rows)
+        yield found
+
+
+def _look_through(dataset: ImageTextDataset, found: SplitLayout, *, all_rows: bool) -> None:
+    step = 1 if all_rows else max(1, len(dataset) // SPREAD)
+    for row in range(0, len(dataset), step):
+        problem = dataset.record(row).problem
+        if problem is not None:
+            found.unusable.append(problem)
+            continue
+        found.looked_for += 1
+        path = dataset.image_path(row)
+        address = Address.parse(path)
+        if not os.path.isfile(address.tar if address else path):
+            found.missing.append(path)

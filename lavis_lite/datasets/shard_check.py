@@ -1,0 +1,114 @@
+"""Looks whether shards are whole: the tars to their end, each sample's members, what their index says of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.images import read_image
+from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.shard_stream import ShardStream
+from lavis_lite.datasets.shard_writer import read_folder_index
+from lavis_lite.datasets.shards import in_processes, read_index, scan_shard
+from lavis_lite.datasets.tar_members import Address
+
+
+class Report(NamedTuple):
+    """What was found in a shard. broken: why the tar is, None for a whole one. bad: of its samples, why each is."""
+
+    shard: str
+    samples: int
+    captions: int
+    broken: str | None
+    bad: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.broken is None and not self.bad
+
+
+def check_shards(
+    shards: Sequence[str], form: SampleForm, *, deep: bool = False, workers: int | None = None
+) -> Iterator[Report]:
+    """A report of each local shard, in order. deep: decode every picture, and compare with the index's checksum."""
+    return in_processes(partial(_check, form=form, deep=deep), [Path(shard) for shard in shards], workers)
+
+
+def check_streams(urls: Sequence[str], form: SampleForm) -> Iterator[Report]:
+    """A report of each shard that has to be read from beginning to end: addresses, commands, compressed tars."""
+    stream = ShardStream(
+        urls, samples=1, shuffle=1, form=form, vis_processor=_nothing, text_processor=str, name="check"
+    )
+    for number, url in enumerate(urls):
+        failures: list[tuple[str, str]] = []
+        bad: list[str] = []
+        samples = captions = 0
+        for raw in stream.raw([number], failures):
+            samples += 1
+            captions += len(stream.row(raw).captions)
+            try:
+                stream.load(raw, seed=0)
+            except UnreadableSample as error:
+                bad.append(f"{error.path.removeprefix(f'{url}, ')}: {error.reason}")
+        yield Report(url, samples, captions, failures[0][1] if failures else None, bad)
+
+
+def _check(shard: Path, *, form: SampleForm, deep: bool) -> Report:
+    if not shard.is_file():
+        return Report(str(shard), 0, 0, "no such file", [])
+    rows = scan_shard(shard, form)
+    ends = rows and rows[-1].image == shard.name
+    broken = (
+        str(rows.pop().problem).removeprefix(f"{shard}: ") if ends else _differs(shard, len(rows), deep=deep)
+    )
+    bad = [str(row.problem).removeprefix(f"{shard}, ") for row in rows if row.problem is not None]
+    keys = Counter(_key(row.image) for row in rows)
+    bad += [f"sample {key}: its key comes {count} times" for key, count in keys.items() if count > 1]
+    if deep:
+        bad += [found for row in rows if row.problem is None for found in _undecodable(shard, row.image)]
+    return Report(str(shard), len(rows), sum(len(row.captions) for row in rows), broken, bad)
+
+
+def _differs(shard: Path, samples: int, *, deep: bool) -> str | None:
+    """How a whole shard differs from what the indexes beside it say; None where it doesn't, or there are none."""
+    indexed = read_index(shard)
+    if indexed is not None and len(indexed) != samples:
+        return f"it has {samples} samples, its index {len(indexed)}"
+    content = read_folder_index(shard.parent) or {}
+    entry = next((one for one in content.get("shardlist", []) if one.get("url") == shard.name), None)
+    if entry is None:
+        return None
+    size = shard.stat().st_size
+    if (entry["nsamples"], entry["filesize"]) != (samples, size):
+        told = f"{entry['nsamples']} samples, {entry['filesize']} bytes"
+        return f"it has {samples} samples, {size} bytes; index.json says {told}"
+    if deep and hashlib.md5(shard.read_bytes()).hexdigest() != entry["md5sum"]:
+        return "its checksum is not that of index.json"
+    return None
+
+
+def _key(image: str) -> str:
+    address = Address.parse(image)
+    return address.name.split(".")[0] if address else image
+
+
+def _undecodable(shard: Path, image: str) -> list[str]:
+    try:
+        read_image(shard.parent / image)
+    except UnreadableSample as error:
+        return [f"{_key(image)}: {error.reason}"]
+    return []
+
+
+def _nothing(image: Image.Image) -> Tensor:
+    return torch.empty(0)

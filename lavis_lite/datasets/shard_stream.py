@@ -1,0 +1,303 @@
+"""Shards that are only ever read from beginning to end: http(s), `pipe:` and what else webdataset opens.
+
+A stream has no rows by number. Each of its readers (ranks x loader workers) reads shards of its own, so that within an
+epoch nothing comes twice: the epoch's order of shards is a permutation by (seed, epoch), dealt out to the readers in
+turn. A reader fills a block of `shuffle` samples, shuffles it by (seed, epoch, the place where it begins), hands it
+out, and fills the next. So where a reader is can be said in four numbers (`Position`), from which it goes on exactly,
+having read again at most the shard in which its block begins and that block.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.base import MAX_ATTEMPTS, UnreadableSample
+from lavis_lite.datasets.image_text import collate_images, public_image_id, seeded
+from lavis_lite.datasets.images import decode_image
+from lavis_lite.datasets.order import AUGMENT, ORDER, REPLACE, hashed, permuted, seed_of
+from lavis_lite.datasets.readers import Row
+from lavis_lite.datasets.records import number_of
+from lavis_lite.datasets.shard_rows import SampleForm
+
+logger = logging.getLogger(__name__)
+
+# Shards whose beginning is read before a run starts.
+PROBED = 3
+
+
+class Position(NamedTuple):
+    """How far a reader is: the block that begins at sample `sample` of the `shard`-th of its shards, of which `taken`
+    samples are handed out.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    sample: int = 0
+    taken: int = 0
+
+
+class Raw(NamedTuple):
+    """A sample as it was read. shard: its number in the stream, ordinal: among the reader's shards of this epoch."""
+
+    shard: int
+    ordinal: int
+    number: int
+    url: str
+    members: dict[str, Any]
+
+
+class Taken(NamedTuple):
+    """Samples of a batch, (path, reason) of what failed, and where the reader is after them."""
+
+    samples: list[dict[str, Any]]
+    failures: list[tuple[str, str]]
+    position: Position
+
+
+class ShardStream:
+    """Pictures with captions from shards that are read in a stream.
+
+    Args:
+        urls: of the shards.
+        samples: about how many they hold: what an epoch, and a mix without ratios, is counted by.
+        shuffle: samples of a block, which is held in memory undecoded. 1 doesn't shuffle within shards.
+        form: what the members of a sample are.
+        vis_processor, text_processor, name: as of `ImageTextDataset`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        samples: int,
+        shuffle: int,
+        form: SampleForm,
+        vis_processor: Callable[[Image.Image], Tensor],
+        text_processor: Callable[[str], str],
+        name: str,
+    ) -> None:
+        self.urls = list(urls)
+        self.samples = samples
+        self.shuffle = shuffle
+        self.form = form
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.name = name
+        self._salt = seed_of(*name.encode())
+
+    def __len__(self) -> int:
+        """About how many samples an epoch has."""
+        return self.samples
+
+    def check_readers(self, ranks: int, workers: int) -> None:
+        """Raise DataError when there are fewer shards than readers."""
+        readers = ranks * max(1, workers)
+        if len(self.urls) < readers:
+            raise DataError(
+                f"dataset '{self.name}': {len(self.urls)} shards for {readers} readers ({ranks} ranks x "
+                f"run.num_workers={workers}), and one reader reads a stream's shard: use fewer workers, or more and "
+                "smaller shards"
+            )
+
+    def probe(self) -> None:
+        """Read the beginnings of some shards; raises DataError when none of them has a sample that can be used."""
+        failures: list[tuple[str, str]] = []
+        for number in sorted({0, len(self.urls) // 2, len(self.urls) - 1})[:PROBED]:
+            first = next(self.raw([number], failures), None)
+            if first is not None:
+                try:
+                    self.load(first, seed=0)
+                    return
+                except UnreadableSample as error:
+                    failures.append((error.path, error.reason))
+            elif not failures:
+                failures.append((self.urls[number], "it has no sample"))
+        path, reason = failures[0]
+        raise DataError(
+            f"dataset '{self.name}': no usable sample at the beginning of the shards looked at, for example "
+            f"{path}: {reason}"
+        )
+
+    def shards_of(self, epoch: int, *, seed: int, reader: int, readers: int) -> list[int]:
+        """The shards of one reader in an epoch, in its order; those of all readers are all shards, none twice."""
+        key = int(hashed(seed, ORDER, epoch)[0])
+        order = permuted(np.arange(len(self.urls), dtype=np.int64), len(self.urls), key)
+        return [int(shard) for shard in order[reader::readers]]
+
+    def raw(self, shards: Iterable[int], failures: list[tuple[str, str]], *, first: int = 0) -> Iterator[Raw]:
+        """The undecoded samples of shards, one after the other; a broken shard is noted and left where it breaks.
+
+        first: the ordinal that the first of them has.
+        """
+        import webdataset as wds
+
+        for ordinal, shard in enumerate(shards, first):
+            url = self.urls[shard]
+
+            def note(error: Exception, url: str = url) -> bool:
+                failures.append((url, _reason(error)))
+                return True
+
+            samples = wds.WebDataset(
+                [url],
+                shardshuffle=False,
+                nodesplitter=None,
+                workersplitter=None,
+                handler=note,
+                empty_check=False,
+            )
+            for number, members in enumerate(samples):
+                yield Raw(shard, ordinal, number, url, members)
+
+    def row(self, raw: Raw) -> Row:
+        """What a sample's members tell, with its place (address and key) for a path."""
+        place = f"{raw.url}, sample {raw.members['__key__']}"
+        members = {key: value for key, value in raw.members.items() if not key.startswith("__")}
+        return self.form.row(place, place, members, lambda extension: members[extension])
+
+    def load(self, raw: Raw, *, seed: int) -> dict[str, Any]:
+        """One processed sample, as of `ImageTextDataset.load`; `index` counts shards in its upper 32 bits.
+
+        Raises UnreadableSample.
+        """
+        row = self.row(raw)
+        if row.problem is not None or not row.captions:
+            raise UnreadableSample(row.image, (row.problem or "no caption").removeprefix(f"{row.image}: "))
+        picture = decode_image(io.BytesIO(raw.members[self.form.picture(raw.members) or ""]), row.image)
+        index = (raw.shard << 32) + raw.number
+        with seeded(seed):
+            caption = row.captions[int(torch.randint(len(row.captions), ()))]
+            return {
+                "image": self.vis_processor(picture),
+                "text_input": self.text_processor(caption),
+                "image_id": public_image_id(self._salt, index, number_of(row.image_id)),
+                "index": index,
+            }
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, as of `ImageTextDataset.collate`."""
+        return collate_images(samples)
+
+
+class StreamReader:
+    """One of the readers that share a stream's shards, going through its own epoch after epoch.
+
+    Args:
+        seed: of the order of shards and samples, and of augmentation.
+        reader, readers: which one it is, and how many share the stream.
+        start: where one with the same seed and numbers was; goes on from there exactly.
+    """
+
+    def __init__(
+        self, stream: ShardStream, *, seed: int, reader: int, readers: int, start: Position | None = None
+    ) -> None:
+        self.stream = stream
+        self.seed = seed
+        self.reader = reader
+        self.readers = readers
+        self.position = start or Position()
+        self._failures: list[tuple[str, str]] = []
+        self._draws = self._endless()
+
+    def take(self, count: int) -> Taken:
+        """The next samples; fewer than `count` when a whole epoch, or too many in a row, can't be read."""
+        samples: list[dict[str, Any]] = []
+        for drawn in itertools.islice(self._draws, count):
+            sample = None if drawn is None else self._load(*drawn)
+            if sample is None:
+                break
+            samples.append(sample)
+        failures = list(self._failures)
+        self._failures.clear()
+        return Taken(samples, failures, self.position)
+
+    def _load(self, block: list[Raw], index: int) -> dict[str, Any] | None:
+        """A sample of a block, or the one that replaces it; None when none was readable."""
+        raw = block[index]
+        key = (self.seed, self.position.epoch, raw.shard, raw.number)
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return self.stream.load(block[index], seed=seed_of(AUGMENT, *key, attempt))
+            except UnreadableSample as error:
+                self._failures.append((error.path, error.reason))
+            index = seed_of(REPLACE, *key, attempt) % len(block)
+        return None
+
+    def _endless(self) -> Iterator[tuple[list[Raw], int] | None]:
+        """(block, place in it) of each sample, in the order they are handed out; None for an epoch without any."""
+        start = self.position
+        while True:
+            empty = True
+            for place, block in self._blocks(start):
+                empty = False
+                taken = start.taken if place == start._replace(taken=0) else 0
+                for number, index in enumerate(self._shuffled(place, len(block))[taken:], taken + 1):
+                    self.position = place._replace(taken=number)
+                    yield block, index
+            if empty:
+                yield None
+            start = Position(start.epoch + 1)
+
+    def _blocks(self, start: Position) -> Iterator[tuple[Position, list[Raw]]]:
+        """The blocks of an epoch from `start` on, each with the place where it begins."""
+        shards = self.stream.shards_of(start.epoch, seed=self.seed, reader=self.reader, readers=self.readers)
+        raw = self.stream.raw(shards[start.shard :], self._failures, first=start.shard)
+        rest = itertools.islice(raw, start.sample, None)
+        while block := list(itertools.islice(rest, self.stream.shuffle)):
+            yield Position(start.epoch, block[0].ordinal, block[0].number), block
+
+    def _shuffled(self, place: Position, length: int) -> list[int]:
+        key = int(hashed(self.seed, ORDER, place.epoch, self.reader, place.shard, place.sample)[0])
+        return [int(index) for index in permuted(np.arange(length, dtype=np.int64), length, key)]
+
+
+def reader_key(stream: ShardStream, reader: int, readers: int) -> str:
+    """What a reader's place is kept under: it fits no reader of a run with other numbers of ranks or workers."""
+    return f"{stream.name} {reader}/{readers}"
+
+
+def start_places(
+    stream: ShardStream, readers: int, places: Mapping[str, Sequence[int]]
+) -> dict[str, Position]:
+    """Where a stream's readers go on; those that are at its beginning are left out.
+
+    places: of the readers that were, by `reader_key`. When there were others than `readers`, the shards are dealt out
+    anew: the earliest epoch that any of them was in begins again.
+    """
+    keys = [reader_key(stream, reader, readers) for reader in range(readers)]
+    own = {key: Position(*place) for key, place in places.items() if key.rpartition(" ")[0] == stream.name}
+    if all(key in keys for key in own):
+        return own
+    epoch = min(place.epoch for place in own.values())
+    logger.warning(
+        "stream '%s' was read by another number of ranks x loader workers than %d: its epoch %d begins again",
+        stream.name,
+        readers,
+        epoch,
+    )
+    return {key: Position(epoch) for key in keys}
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the objects that webdataset adds to the arguments of an exception."""
+    text = " ".join(str(error.args[0] if error.args else "").split()) or type(error).__name__
+    waits = [arg.wait_for_child for arg in error.args if hasattr(arg, "wait_for_child")]
+    for wait in waits if text == "empty file" else []:
+        # What the command has to say of it comes after the end of its output.
+        try:
+            wait()
+        except OSError as failed:
+            text = str(failed)
+    failed_with = re.search(r"exit (-?\d+) \(read\)", text)
+    return f"its command ended with exit code {failed_with[1]}" if failed_with else text.split(" @ <")[0]

@@ -1,0 +1,205 @@
+"""Writes any map-style dataset as tar shards: in parallel, each atomically, so that a stopped run is taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
+from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.images import SUFFIXES, read_bytes
+from lavis_lite.datasets.order import ORDER, permuted, seed_of
+from lavis_lite.datasets.records import Record
+from lavis_lite.datasets.shards import in_processes, read_index, write_index
+from lavis_lite.datasets.tar_members import Address, split_name
+
+# Of all shards in a folder, in the form of webdataset's wids library.
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written.
+
+    dataset, split: their names. rows: of the split. tables: what the rows are read from, a hash of each.
+    samples_per_shard: rows of each shard. shuffle: seed of the rows' order; None keeps it.
+    """
+
+    dataset: str
+    split: str
+    rows: int
+    tables: tuple[str, ...]
+    samples_per_shard: int
+    shuffle: int | None = None
+
+    @property
+    def shards(self) -> int:
+        """How many shards there will be."""
+        return -(-self.rows // self.samples_per_shard)
+
+    def rows_of(self, shard: int) -> list[int]:
+        """The rows in a shard, in its order."""
+        start = shard * self.samples_per_shard
+        places = np.arange(start, min(start + self.samples_per_shard, self.rows), dtype=np.int64)
+        if self.shuffle is None:
+            return [int(row) for row in places]
+        return [int(row) for row in permuted(places, self.rows, seed_of(ORDER, self.shuffle))]
+
+    def path(self, out: Path, shard: int) -> Path:
+        """Where a shard is written."""
+        return out / f"{shard:0{max(5, len(str(self.shards - 1)))}}.tar"
+
+
+class Written(NamedTuple):
+    """What became of a shard. failures: (path, reason) of pictures that can't be read, which are left out."""
+
+    shard: str
+    samples: int
+    bytes: int
+    md5: str
+    failures: list[tuple[str, str]]
+
+
+def plan_of(dataset: Any, *, split: str, samples_per_shard: int, shuffle: int | None) -> Plan:
+    """The plan for writing a dataset.
+
+    Raises ConfigError for a dataset whose pictures are no files.
+    """
+    if not isinstance(dataset, ImageTextDataset):
+        raise ConfigError(
+            f"dataset '{dataset.name}' ({type(dataset).__name__}) has no picture files to write; shards are made of "
+            "datasets of files and of local shards"
+        )
+    tables = tuple(part.records.path.parent.name for part in dataset.parts)
+    return Plan(dataset.name, split, len(dataset), tables, samples_per_shard, shuffle)
+
+
+def make_shards(dataset: ImageTextDataset, plan: Plan, out: Path, *, workers: int = 1) -> list[Written]:
+    """Write the shards of a plan that aren't there yet, and then the folder's index.
+
+    Pictures are copied byte by byte; what is known of a row goes into its .json. The shards don't depend on `workers`.
+
+    Raises ConfigError when the folder holds shards of another plan, DataError when a worker dies.
+    """
+    _claim(plan, out)
+    # Processors stay here: they aren't needed, and a user's own may not pickle.
+    bare = ImageTextDataset(dataset.parts, vis_processor=_unused, text_processor=str, name=dataset.name)
+    try:
+        written = list(in_processes(partial(_write, bare, plan, out), range(plan.shards), workers))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker was killed, perhaps for want of memory: what is complete stays, and the same command goes on"
+        ) from error
+    atomic_write(out / INDEX_FILE, json.dumps(_index(plan, written), indent=1) + "\n")
+    return written
+
+
+def _claim(plan: Plan, out: Path) -> None:
+    """Note in the folder what is written into it; ConfigError when that is something else already."""
+    known = read_folder_index(out)
+    plan_now = json.loads(json.dumps(asdict(plan)))
+    if known is not None and known.get("plan") != plan_now:
+        raise ConfigError(
+            f"'{out}' holds shards made with other settings ({known.get('plan') or 'unknown'}): use another --out"
+        )
+    if known is None and any(out.glob("*.tar")):
+        raise ConfigError(f"'{out}' holds shards that this command didn't make: use another --out")
+    remove_leftovers(out)
+    if known is None:
+        atomic_write(out / INDEX_FILE, json.dumps(_index(plan, []), indent=1) + "\n")
+
+
+def read_folder_index(folder: Path) -> dict[str, Any] | None:
+    """The index that `make_shards` left in a folder; None where there is none, DataError for a broken one."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: broken json: {error}") from error
+    return content if isinstance(content, dict) else None
+
+
+def _index(plan: Plan, written: Sequence[Written]) -> dict[str, Any]:
+    shards = [
+        {"url": one.shard, "nsamples": one.samples, "filesize": one.bytes, "md5sum": one.md5}
+        for one in written
+    ]
+    return {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "name": f"{plan.dataset} {plan.split}",
+        "shardlist": shards,
+        "plan": asdict(plan),
+    }
+
+
+def _write(dataset: ImageTextDataset, plan: Plan, out: Path, number: int) -> Written:
+    """Write one shard and the index beside it, unless they are there."""
+    shard = plan.path(out, number)
+    failures: list[tuple[str, str]] = []
+    if not shard.is_file():
+        _write_tar(dataset, plan.rows_of(number), shard, failures)
+    rows = read_index(shard)
+    samples = write_index(shard) if rows is None else len(rows)
+    content = shard.read_bytes()
+    return Written(shard.name, samples, len(content), hashlib.md5(content).hexdigest(), failures)
+
+
+def _write_tar(
+    dataset: ImageTextDataset, rows: Sequence[int], shard: Path, failures: list[tuple[str, str]]
+) -> None:
+    import webdataset as wds
+
+    with (
+        atomic_file(shard) as temporary,
+        temporary.open("wb") as file,
+        wds.TarWriter(file, encoder=False, compress=False, mtime=0) as writer,
+    ):
+        for row in rows:
+            record = dataset.record(row)
+            try:
+                members = _members(record, dataset.image_path(row))
+            except UnreadableSample as error:
+                failures.append((error.path, error.reason))
+                continue
+            writer.write({"__key__": f"{row:09}", **members})
+
+
+def _members(record: Record, path: str) -> dict[str, bytes]:
+    """The members of a row's sample; UnreadableSample for a row without captions, question or a picture's bytes."""
+    if record.problem is not None or not (record.captions or record.question):
+        raise UnreadableSample(path, record.problem or "it has no caption")
+    about: dict[str, Any] = {"captions": record.captions} if record.captions else {}
+    about.update(
+        {key: getattr(record, key) for key in ("image_id", "group") if getattr(record, key) is not None}
+    )
+    if record.question is not None:
+        asked = asdict(record.question)
+        about.update(question=asked.pop("text"), question_id=json.loads(asked.pop("id")), **asked)
+    return {_extension(path): read_bytes(path), "json": json.dumps(about).encode()}
+
+
+def _extension(path: str) -> str:
+    """A picture's extension; what a file is called that has none of a picture's says nothing of its content."""
+    address = Address.parse(path)
+    named = split_name(address.name if address else path)
+    suffix = Path(f"x.{named[1]}").suffix if named else ""
+    return suffix.lstrip(".") if suffix in SUFFIXES else "jpg"
+
+
+def _unused(image: Image.Image) -> Tensor:
+    raise AssertionError("pictures are copied, not processed")

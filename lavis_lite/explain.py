@@ -1,0 +1,62 @@
+"""`lavis-lite explain`: where in a picture file a model finds the evidence for texts, as a page of HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lavis_lite.api import load_model_and_preprocess
+from lavis_lite.common.device import choose_device
+from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.common.io import atomic_write
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.images import read_image
+from lavis_lite.generate import name_and_type
+from lavis_lite.models.explain import Explanation, Method, Score, check_request
+from lavis_lite.tasks.explain_page import explain_page
+
+
+def explain_file(
+    model: str,
+    image: str,
+    texts: Sequence[str],
+    out: str,
+    *,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    method: Method = "gradcam",
+    score: Score = "itg",
+    per_word: bool = False,
+) -> list[Explanation]:
+    """Write the page about a picture and texts.
+
+    Args:
+        model: name/type, e.g. "blip2/shapes". Others as of `Blip2QFormer.explain`.
+
+    Returns: what the page shows.
+    Raises ConfigError for a malformed name or a model without a matching head, DataError for a picture that can't be
+    read, InputError as `Blip2QFormer.explain`; all before the model is built.
+    """
+    name, model_type = name_and_type(model)
+    if not hasattr(registry.get_model_class(name), "explain"):
+        raise ConfigError(
+            f"--model '{model}': only a model with a matching head can be explained, that is one of stage 1 "
+            "such as blip2/pretrain (this one's weights come from such a model)"
+        )
+    check_request(texts, method, score, per_word)
+    try:
+        shown = read_image(image)
+    except UnreadableSample as error:
+        raise DataError(f"--image '{image}': {error.reason}") from error
+    built, vision, language = load_model_and_preprocess(
+        name, model_type, True, str(choose_device(device)), checkpoint
+    )
+    stack = vision["eval"](shown).expand(len(texts), -1, -1, -1)
+    found: list[Explanation] = cast(Any, built).explain(
+        stack, [language["eval"](text) for text in texts], method=method, score=score, per_word=per_word
+    )
+    page = explain_page(Path(image).name, shown, found, method=method, score=score)
+    atomic_write(out, page)
+    return found

@@ -1,0 +1,337 @@
+"""What a run holds in memory, part by part and process by process, and the largest batch for which it fits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+
+from lavis_lite.common import optim
+from lavis_lite.common.config import Config
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.runners.planning.shapes import Shape, build_shape
+from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
+
+ORDER = ("image encoder", "Q-Former", "language model", HEADS, INPUTS)
+# Layers of bitsandbytes' int8 keep a byte a weight and four a row; in 4 bits half a byte and one scale for 64 weights.
+QUANTIZED = {"int8": (1.0, 4.0), "int4": (0.5 + 4 / 64, 0.0)}
+
+
+# What an allocator holds beyond the tensors that are alive, as a fraction of these. CPU: of glibc's heap,
+# fitted to benchmarks/plan.py. CUDA: torch's allocator rounds up and keeps pieces apart; an allowance, not measured.
+ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a strategy leaves of each kind on every process, as powers of 1 / world size.
+
+    gathers: blocks come together when they are needed, in the arithmetic's precision.
+    """
+
+    frozen: bool = False
+    trained: bool = False
+    optimizer: bool = False
+    gradients: bool = False
+    buckets: bool = False
+    gathers: bool = False
+
+
+SHARDINGS = {
+    "single": Sharding(),
+    "ddp": Sharding(buckets=True),
+    # Frozen blocks by its FullyShardedDataParallel, the trained part by OSS and ShardedDataParallel.
+    "fairscale": Sharding(frozen=True, optimizer=True, gradients=True, gathers=True),
+    "fsdp2": Sharding(frozen=True, trained=True, optimizer=True, gradients=True, gathers=True),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the run is to fit into: one process's memory, in bytes.
+
+    device_type: cpu or cuda. limit: None for no limit. runtime: what a process holds besides tensors. text_tokens: of
+    every text, None for the longest. stored_features: the frozen encoder's features are read from disk.
+    """
+
+    device_type: str
+    limit: int | None
+    runtime: int
+    world_size: int = 1
+    strategy: str = "auto"
+    precision: str = "fp32"
+    text_tokens: int | None = None
+    stored_features: bool = False
+
+    def resolved_strategy(self) -> str:
+        """The strategy's name, `auto` being single or ddp. Raises ConfigError for one whose memory isn't known."""
+        name = self.strategy
+        if name == "auto":
+            name = "ddp" if self.world_size > 1 else "single"
+        if name not in SHARDINGS:
+            raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
+        if name != "single" and self.world_size == 1:
+            raise ConfigError(f"run.strategy: '{name}' needs several processes: give --world-size")
+        return name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part on one process at the moment of the peak; gradients_whole is what they come to in the end."""
+
+    name: str
+    trained: bool
+    numbers: int
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    gradients_whole: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one process at the peak of a step; `total` is the sum of all.
+
+    copies: of weights in autocast's precision. gathered: blocks of sharded weights that are whole at one moment.
+    temporaries: results that come and go in the backward pass. largest_batch: None where it wasn't asked for.
+    """
+
+    batch: int
+    strategy: str
+    precision: str
+    parts: tuple[Part, ...]
+    copies: int
+    temporaries: int
+    gathered: int
+    runtime: int
+    limit: int | None
+    gap: float = 0.0
+    largest_batch: int | None = None
+
+    @property
+    def tensors(self) -> int:
+        """All that is in tensors."""
+        parts = sum(p.parameters + p.optimizer + p.gradients + p.activations for p in self.parts)
+        return parts + self.copies + self.temporaries + self.gathered
+
+    @property
+    def gaps(self) -> int:
+        """What the allocator holds between them."""
+        return round(self.gap * self.tensors)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.tensors + self.gaps + self.runtime
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is within the limit."""
+        return self.limit is None or self.total <= self.limit
+
+
+class Planner:
+    """Plans of one configuration for one target; a batch size is traced once."""
+
+    def __init__(self, cfg: Config, target: Target) -> None:
+        self.cfg, self.target = cfg, target
+        self.strategy = target.resolved_strategy()
+        self.sharding = SHARDINGS[self.strategy]
+        self.shape: Shape = build_shape(
+            cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
+        )
+        self._books: dict[tuple[int, bool], Book] = {}
+        self._states = _optimizer_bytes(self.shape, cfg)
+
+    def for_strategy(self, strategy: str) -> Planner:
+        """The same shapes and traces under another strategy."""
+        other = copy.copy(self)
+        other.target = replace(self.target, strategy=strategy)
+        other.strategy = other.target.resolved_strategy()
+        other.sharding = SHARDINGS[other.strategy]
+        return other
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether gradients are there all the time: DDP's buckets, or accumulation over several batches."""
+        return self.sharding.buckets or self.cfg.run.accum_grad_iters > 1
+
+    def plan(self, batch: int | None = None) -> Plan:
+        """The plan of a batch size, by default the configuration's."""
+        batch = batch or self.cfg.run.batch_size_train
+        sharding, world = self.sharding, self.target.world_size
+        share: dict[Kind, float] = {"gradient": 1 / world if sharding.gradients else 1.0}
+        if sharding.trained:
+            share["copy"] = 0.0  # whole weights exist block by block, already in the arithmetic's precision
+        _, at_peak = self._book(batch).peak(share)
+        held: Counter[tuple[str, str]] = Counter(
+            {(kind, part): size for (kind, part), size in at_peak.items()}
+        )
+        parts = tuple(self._part(name, held) for name in ORDER)
+        return Plan(
+            batch=batch,
+            strategy=self.strategy,
+            precision=self.target.precision,
+            parts=tuple(p for p in parts if p.numbers or p.activations),
+            copies=sum(size for (kind, _), size in held.items() if kind == "copy"),
+            temporaries=sum(size for (kind, _), size in held.items() if kind == "temporary"),
+            gathered=self._gathered() if sharding.gathers else 0,
+            runtime=self.target.runtime,
+            limit=self.target.limit,
+            gap=ALLOCATOR_GAPS[self.target.device_type],
+        )
+
+    def with_largest_batch(self) -> Plan:
+        """The plan of the configuration's batch size, with the largest that fits; 0 if none does."""
+        plan = self.plan()
+        if plan.limit is None:
+            return plan
+        largest = largest_batch(lambda batch: self.plan(batch).total, plan.limit, plan.batch)
+        return replace(plan, largest_batch=largest)
+
+    def _book(self, batch: int) -> Book:
+        key = (batch, self.gradients_stay)
+        if key not in self._books:
+            with _pretended_processes(self.target.world_size):
+                self._books[key] = trace_step(
+                    self.shape,
+                    batch,
+                    precision=self.target.precision,
+                    device_type=self.target.device_type,
+                    gradients_stay=self.gradients_stay,
+                )
+        return self._books[key]
+
+    def _part(self, name: str, held: Mapping[tuple[str, str], int]) -> Part:
+        own = [(n, p) for n, p in self.shape.model.named_parameters() if part_of(n) == name]
+        trained = sum(p.numel() * p.element_size() for _, p in own if p.requires_grad)
+        frozen = sum(p.numel() * p.element_size() for _, p in own) - trained
+        buffers = sum(
+            b.numel() * b.element_size() for n, b in self.shape.model.named_buffers() if part_of(n) == name
+        )
+        if name == "language model":
+            frozen -= _saved_by_quantizing(self.shape.model, self.cfg)
+        sharding, world = self.sharding, self.target.world_size
+        gradients = held.get(("gradient", name), 0)
+        if self.gradients_stay:
+            gradients += round(trained / (world if sharding.gradients else 1))
+        return Part(
+            name=name,
+            trained=trained > 0,
+            numbers=sum(p.numel() for _, p in own),
+            parameters=round(
+                frozen / (world if sharding.frozen else 1) + trained / (world if sharding.trained else 1)
+            )
+            + buffers,
+            optimizer=round(self._states[name] / (world if sharding.optimizer else 1)),
+            gradients=gradients,
+            activations=held.get(("activation", name), 0),
+            gradients_whole=trained,
+        )
+
+    def _gathered(self) -> int:
+        """Sharded weights that are whole at one moment: a model's largest block and the next one, which is fetched
+        meanwhile, and what lies outside of blocks (embeddings)."""
+        low = 2 if self.target.precision != "fp32" else 4
+        total = 0
+        for name in ("visual_encoder", "Qformer", "language_model"):
+            module = getattr(self.shape.model, name, None)
+            trained = module is not None and any(p.requires_grad for p in module.parameters())
+            if module is None or not (self.sharding.trained if trained else self.sharding.frozen):
+                continue
+            width = low if trained else None
+            blocks = sorted((_bytes(block, width) for block in _blocks(module)), reverse=True)
+            total += _bytes(module, width) - sum(blocks)
+            total += sum(blocks[:2])
+        return total
+
+
+def largest_batch(total: Callable[[int], int], limit: int, start: int) -> int:
+    """The largest batch size whose total is within the limit, to half a per cent of memory; 0 for none.
+
+    Found by straight lines, which memory nearly follows, and tried. They are drawn from batches of at least 8: texts of
+    a smaller one need not contain the longest.
+    """
+    low = max(8, start)
+    tried = {batch: total(batch) for batch in (low, 2 * low)}
+    for turn in range(12):
+        good = max((batch for batch, size in tried.items() if size <= limit), default=0)
+        bad = min((batch for batch, size in tried.items() if size > limit), default=0)
+        ends = (good, bad) if good and bad else tuple(sorted(tried)[-2:] if good else sorted(tried)[:2])
+        slope = max(1.0, (tried[ends[1]] - tried[ends[0]]) / (ends[1] - ends[0]))
+        if good and (bad == good + 1 or tried[good] * 1.005 + slope > limit):
+            return good
+        guess = int(ends[0] + (limit - tried[ends[0]]) / slope)
+        if good and bad:
+            # By turns the mean of both ends, lest one of them never moves.
+            guess = min(max(guess if turn % 2 == 0 else math.isqrt(good * bad), good + 1), bad - 1)
+        elif guess < 1:
+            return 0
+        tried[guess] = total(guess)
+    return good
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of a module's outermost lists: a transformer's blocks."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+        return list(module)
+    return [block for child in module.children() for block in _blocks(child)]
+
+
+def _bytes(module: nn.Module, width: int | None) -> int:
+    return sum(p.numel() * (width or p.element_size()) for p in module.parameters())
+
+
+def _optimizer_bytes(shape: Shape, cfg: Config) -> Counter[str]:
+    """Bytes of the optimiser's state by part: what one step of it makes."""
+    run, sizes = cfg.run, Counter[str]()
+    groups = optim.param_groups(shape.model, run.weight_decay, run.lr_layer_decay)
+    optimizer = optim.build_optimizer(groups, run.betas, torch.device("cpu"))
+    with shape.mode:
+        for parameter in shape.model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    for name, parameter in shape.model.named_parameters():
+        parameter.grad = None
+        for value in optimizer.state.get(parameter, {}).values():
+            sizes[part_of(name)] += value.numel() * value.element_size()
+    return sizes
+
+
+def _saved_by_quantizing(model: Any, cfg: Config) -> int:
+    """Bytes by which the language model's linear layers shrink; its head and embeddings stay as they are."""
+    section = cfg.model.get("language_model") or {}
+    if section.get("quantize", "none") not in QUANTIZED:
+        return 0
+    per_weight, per_row = QUANTIZED[section["quantize"]]
+    language_model = model.language_model.model
+    head = language_model.get_output_embeddings()
+    saved = 0.0
+    for layer in language_model.modules():
+        if isinstance(layer, nn.Linear) and layer is not head:
+            weight = layer.weight
+            saved += weight.numel() * (weight.element_size() - per_weight) - weight.shape[0] * per_row
+    return round(saved)
+
+
+class _pretended_processes:
+    """Within the block this is rank 0 of so many processes, whose collectives give tensors of the right shapes."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def __enter__(self) -> None:
+        if self.world_size > 1:
+            init_process_group("fake", rank=0, world_size=self.world_size)
+
+    def __exit__(self, *error: object) -> None:
+        if self.world_size > 1:
+            destroy_process_group()

@@ -1,0 +1,148 @@
+"""What would make a run fit: settings of its configuration, each with what it saves on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lavis_lite.common.config import Config
+from lavis_lite.runners.planning.account import SHARDINGS, Plan, Planner, Target
+
+Load = Callable[[Sequence[str]], Config]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """options: as for --options. saves: bytes a process, this setting alone. why: what is given for it."""
+
+    options: tuple[str, ...]
+    saves: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Proposals that together make the run fit (or do the most there is), and the plan with all of them."""
+
+    proposals: tuple[Proposal, ...]
+    together: tuple[str, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Setting:
+    options: tuple[str, ...]
+    why: str
+    target: Callable[[Target], Target] = lambda target: target
+
+
+def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
+    """Settings that save memory, cheapest first, and the first few of them with which the run fits.
+
+    Args:
+        load: gives the configuration with more options laid over it.
+    """
+    found = []
+    for setting in _settings(planner.cfg, planner.target):
+        changed = _planner(load, planner, [setting]).plan(plan.batch)
+        if changed.total < plan.total:
+            found.append((setting, Proposal(setting.options, plan.total - changed.total, setting.why)))
+    taken: list[_Setting] = []
+    best = plan
+    for setting, _ in found:
+        if best.fits:
+            break
+        taken.append(setting)
+        best = _planner(load, planner, taken).plan(plan.batch)
+    proposals = [proposal for _, proposal in found]
+    together = [option for setting in taken for option in setting.options]
+    if not best.fits:
+        smaller = _smaller_batch(_planner(load, planner, taken), plan)
+        if smaller is not None:
+            proposal, best = smaller
+            proposals.append(proposal)
+            together += proposal.options
+    return Remedy(tuple(proposals), tuple(together), best)
+
+
+def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
+    """What this configuration has not chosen yet, in the order of what it costs."""
+    model = cfg.model
+    encoder, llm = model["vision_encoder"], model.get("language_model")
+    low = "bf16"
+    if target.precision == "fp32":
+        yield _Setting(
+            (f"run.precision={low}",), "arithmetic in 16 bits", lambda t: replace(t, precision=low)
+        )
+    if encoder.get("freeze", True) and encoder.get("precision", "fp32") in ("fp32", "auto"):
+        yield _Setting((f"model.vision_encoder.precision={low}",), "frozen weights in 16 bits")
+    if llm and llm.get("precision", "auto") in ("fp32", "auto"):
+        yield _Setting((f"model.language_model.precision={low}",), "frozen weights in 16 bits")
+    if target.world_size > 1:
+        for name in ("fairscale", "fsdp2"):
+            if _saves_more(name, target.resolved_strategy()):
+                yield _Setting(
+                    (f"run.strategy={name}",),
+                    "weights and optimiser spread over the processes, which exchange more",
+                    lambda t, name=name: replace(t, strategy=name),  # type: ignore[misc]
+                )
+    if not encoder.get("freeze", True) and not encoder.get("grad_checkpointing"):
+        yield _Setting(
+            ("model.vision_encoder.grad_checkpointing=true",),
+            "its forward is computed twice (+33% of its time)",
+        )
+    if llm and not llm.get("grad_checkpointing"):
+        yield _Setting(
+            ("model.language_model.grad_checkpointing=true",),
+            "its forward is computed twice (+50% of its time)",
+        )
+    if llm and llm.get("quantize", "none") == "none" and target.device_type == "cuda":
+        yield _Setting(
+            ("model.language_model.quantize=int8",), "the language model in 8 bits (extra `quantize`)"
+        )
+    if encoder.get("freeze", True) and not target.stored_features:
+        yield _Setting(
+            ("run.cache_features=true",),
+            "the frozen encoder's features are read from disk",
+            lambda t: replace(t, stored_features=True),
+        )
+
+
+def _saves_more(name: str, than: str) -> bool:
+    order = list(SHARDINGS)
+    return order.index(name) > order.index(than)
+
+
+def _planner(load: Load, planner: Planner, settings: Sequence[_Setting]) -> Planner:
+    target = planner.target
+    options: list[str] = []
+    for setting in settings:
+        target = setting.target(target)
+        # Stored features are not an option that every version's configuration knows.
+        options += [option for option in setting.options if not option.startswith("run.cache_features")]
+    if all(option.startswith("run.strategy") for option in options) and not target.stored_features:
+        return planner.for_strategy(target.strategy)
+    return Planner(load(options), target)
+
+
+def _smaller_batch(planner: Planner, plan: Plan) -> tuple[Proposal, Plan] | None:
+    """The largest part of the batch that divides it and fits, accumulated to the same; None if even one doesn't."""
+    for parts in (parts for parts in range(2, plan.batch + 1) if plan.batch % parts == 0):
+        smaller = planner.plan(plan.batch // parts)
+        if smaller.fits:
+            accumulated = parts * planner.cfg.run.accum_grad_iters
+            options = (f"run.batch_size_train={smaller.batch}", f"run.accum_grad_iters={accumulated}")
+            why = "the same batch in parts; a contrastive loss then sees fewer negatives"
+            return Proposal(options, planner.plan(plan.batch).total - smaller.total, why), smaller
+    return None
+
+
+def as_dict(remedy: Remedy) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "proposals": [vars(proposal) for proposal in remedy.proposals],
+        "together": list(remedy.together),
+        "fits": remedy.plan.fits,
+        "total": remedy.plan.total,
+    }

@@ -1,0 +1,322 @@
+"""What changes an index: building, adding, deleting, compacting; each ends by replacing index.json."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lavis_lite.common.errors import DataError, InputError
+from lavis_lite.common.io import atomic_file, remove_leftovers
+from lavis_lite.common.logging import get_logger
+from lavis_lite.search import candidates
+from lavis_lite.search.candidates import CandidateIndex
+from lavis_lite.search.encode import encode_pictures
+from lavis_lite.search.encoding import Encoder
+from lavis_lite.search.journal import Journal, write_part
+from lavis_lite.search.manifest import (
+    BUILDING,
+    MANIFEST,
+    PARTS,
+    Candidates,
+    FileSum,
+    Manifest,
+    fresh_name,
+    load_manifest,
+)
+from lavis_lite.search.opening import check_same_model
+from lavis_lite.search.sources import list_pictures, short_name
+from lavis_lite.search.store import DTYPES, Store
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an index is made.
+
+    kind: auto (by the number of vectors), flat, ivfpq, hnsw or a faiss factory string. dtype: fp16 or fp32, of the
+    stored vectors. target: recall of the exact first 100 that an approximate index is tuned to. texts: for measuring
+    it; without, stored vectors are moved. batch_size, num_workers: of reading and encoding pictures.
+    """
+
+    kind: str = "auto"
+    dtype: str = "fp16"
+    target: float = 0.99
+    texts: tuple[str, ...] = ()
+    batch_size: int = 32
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a change did: images in the index now, added or deleted ones, unreadable ones, speed, and the recall.
+
+    recall: measured against exact search; None where search is exact.
+    """
+
+    images: int
+    changed: int
+    unreadable: int = 0
+    images_per_second: float = 0.0
+    recall: float | None = None
+
+
+def build_index(
+    images: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: Encoder,
+    options: BuildOptions | None = None,
+    *,
+    replace_old: bool = False,
+) -> Summary:
+    """Encode pictures and make an index of them; interrupted, the same call goes on where it was.
+
+    Args:
+        images: a folder, a tar file, or a pattern of tar files, see `list_pictures`.
+        out: the index's folder.
+        replace_old: when there is an index already: it is searchable until the new one takes its place.
+
+    Raises DataError when there is an index already, no picture can be read, or an unfinished build was begun with
+    another model.
+    """
+    root, options = Path(out), options or BuildOptions()
+    with locked(root):
+        old = load_manifest(root) if (root / MANIFEST).exists() else None
+        if old and not replace_old:
+            _forget_if_done(root, old)
+            raise DataError(
+                f"there is an index at '{root}' already: `index add` adds to it, --replace replaces it"
+            )
+        names = list(list_pictures(images))
+        queries, width = _shape_of(encoder)
+        manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind)
+        return _extend(root, manifest, names, encoder, options, old=old, what="build")
+
+
+def add_images(
+    images: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: Encoder,
+    options: BuildOptions | None = None,
+) -> Summary:
+    """Add the pictures that aren't in the index yet; kind and dtype stay what they were. Else as `build_index`."""
+    root = Path(out)
+    with locked(root):
+        manifest = load_manifest(root)
+        check_same_model(root, manifest, encoder)
+        options = replace(options or BuildOptions(), kind=manifest.kind, dtype=manifest.dtype)
+        held = {name for _, name in Store(root, manifest).names()}
+        names = [name for name in list_pictures(images) if name not in held]
+        if not names:
+            _clean(root, manifest)
+            return Summary(manifest.images - manifest.num_deleted, 0, recall=_recall_of(manifest))
+        return _extend(root, manifest, names, encoder, options, old=manifest, what="add")
+
+
+def delete_images(out: str | os.PathLike[str], patterns: Sequence[str]) -> Summary:
+    """Delete the images whose name, or the name below their folder, is one of `patterns` (`*`, `?` and `[..]` as in
+    a shell).
+
+    Raises InputError when a pattern fits no image, and then deletes nothing.
+    """
+    root = Path(out)
+    with locked(root):
+        manifest = load_manifest(root)
+        store = Store(root, manifest)
+        fits = [_matcher(pattern) for pattern in patterns]
+        used, rows = [False] * len(fits), []
+        for row, name in store.names():
+            hits = [fit(short_name(name)) for fit in fits]
+            used = [before or now for before, now in zip(used, hits, strict=True)]
+            if any(hits):
+                rows.append(row)
+        if not all(used):
+            raise InputError(f"'{patterns[used.index(False)]}' fits no image of '{root}'")
+        store.alive[rows] = False
+        path = f"deleted-{fresh_name()}.npy"
+        with atomic_file(root / path) as temporary, temporary.open("wb") as file:
+            np.save(file, (~store.alive).nonzero()[:, 0].numpy())
+        deleted = int((~store.alive).sum())
+        manifest = replace(manifest, deleted=FileSum.of(root, path), num_deleted=deleted)
+        manifest.save(root)
+        _clean(root, manifest)
+        return Summary(manifest.images - deleted, len(rows), recall=_recall_of(manifest))
+
+
+def compact_index(out: str | os.PathLike[str]) -> Summary:
+    """Write the index again without its deleted images, from its vectors: nothing is encoded.
+
+    Raises DataError when an `add` is unfinished.
+    """
+    root = Path(out)
+    with locked(root):
+        manifest = load_manifest(root)
+        _clean(root, manifest)
+        if (root / BUILDING).exists():
+            raise DataError(f"'{root}' has an unfinished add: finish it first, by the same command")
+        store, before = Store(root, manifest), manifest.images
+        names = [name for _, name in store.names()]
+        part = write_part(root, names, lambda target: _write_living(store, target))
+        manifest = replace(manifest, parts=(part,), deleted=None, num_deleted=0, candidates=None)
+        manifest = _with_candidates(root, manifest, BuildOptions(kind=manifest.kind), None)
+        manifest.save(root)
+        _clean(root, manifest)
+        return Summary(len(names), before - len(names), recall=_recall_of(manifest))
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """One process at a time changes an index; DataError for a second one. A killed process holds nothing."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another process is changing the index '{root}'; wait for it to end") from error
+        yield
+
+
+def _extend(
+    root: Path,
+    manifest: Manifest,
+    names: Sequence[str],
+    encoder: Encoder,
+    options: BuildOptions,
+    *,
+    old: Manifest | None,
+    what: str,
+) -> Summary:
+    """Encode `names`, add them to `manifest` as a part, and put that in the place of `old`."""
+    if old:
+        _forget_if_done(root, old)
+    header = {
+        "command": what,
+        "model": f"{encoder.identity['model']} {encoder.identity['fingerprint']}",
+        "dtype": manifest.dtype,
+        "parts": [part.name for part in old.parts] if old else [],
+    }
+    shape = (manifest.queries, manifest.width)
+    with Journal(root, header, shape=shape, dtype=DTYPES[manifest.dtype]) as journal:
+        speed = encode_pictures(
+            encoder, names, journal, batch_size=options.batch_size, num_workers=options.num_workers
+        )
+        if not journal.names and not manifest.images:
+            journal.remove()
+            raise DataError(
+                f"none of the {len(names)} pictures can be read; the first: {_first_problem(journal)}"
+            )
+        part = journal.finish()
+    manifest = replace(manifest, parts=(*manifest.parts, part))
+    texts = encoder.encode_texts(options.texts) if options.texts else None
+    manifest = _with_candidates(root, manifest, options, texts)
+    manifest.save(root)
+    journal.remove()
+    _clean(root, manifest)
+    return Summary(
+        images=manifest.images - manifest.num_deleted,
+        changed=part.images,
+        unreadable=len(journal.unreadable),
+        images_per_second=speed,
+        recall=_recall_of(manifest),
+    )
+
+
+def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, texts: Tensor | None) -> Manifest:
+    """The manifest with an approximate index over all its vectors, if it is to have one.
+
+    An index that exists is added to, unless there are more than twice the images that it was trained on.
+    """
+    store = Store(root, manifest)
+    factory = candidates.choose_factory(manifest.kind, len(store) * manifest.queries, manifest.width)
+    if factory is None:
+        return replace(manifest, candidates=None)
+    old = manifest.candidates
+    if old and len(store) <= 2 * old.trained_on:
+        index = CandidateIndex.of_entry(root, old)
+        index.add(store)
+    else:
+        logger.info("training the index %s on %d vectors", factory, len(store) * manifest.queries)
+        index = CandidateIndex.train(store, factory)
+    queries = texts if texts is not None else candidates.draw_queries(store)
+    recall = candidates.tune(index, store, queries, target=options.target)
+    if recall < options.target:
+        logger.warning(
+            "the index finds %.4f of the exact first 100, not %s; --kind flat is exact",
+            recall,
+            options.target,
+        )
+    path = f"candidates-{fresh_name()}.faiss"
+    with atomic_file(root / path) as temporary:
+        index.save(temporary)
+    entry = Candidates(
+        index.factory,
+        FileSum.of(root, path),
+        vectors=len(store) * manifest.queries,
+        trained_on=index.trained_on,
+        nprobe=index.setting.nprobe,
+        oversample=index.setting.oversample,
+        recall=recall,
+    )
+    return replace(manifest, candidates=entry)
+
+
+def _forget_if_done(root: Path, manifest: Manifest) -> None:
+    """Remove a journal whose images are in the index: its process was killed between the two."""
+    begun_on = Journal.parts_of(root)
+    if begun_on is not None and begun_on != [part.name for part in manifest.parts]:
+        shutil.rmtree(root / BUILDING, ignore_errors=True)
+
+
+def _clean(root: Path, manifest: Manifest) -> None:
+    """Remove what no manifest names any more."""
+    _forget_if_done(root, manifest)
+    remove_leftovers(root)
+    named = {file.path for file in manifest.files()}
+    for path in [*root.glob("deleted-*.npy"), *root.glob("candidates-*.faiss")]:
+        if path.name not in named:
+            path.unlink()
+    for folder in (root / PARTS).glob("*"):
+        if folder.name not in {part.name for part in manifest.parts}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_living(store: Store, target: Path) -> None:
+    """The vectors of all images that aren't deleted, as they are stored."""
+    with target.open("wb") as file:
+        for start, images in store.blocks():
+            kept = images[store.alive[start : start + len(images)]]
+            file.write(kept.numpy().astype(DTYPES[store.manifest.dtype]).tobytes())
+
+
+def _shape_of(encoder: Encoder) -> tuple[int, int]:
+    """(Q, E) of the model's image vectors."""
+    queries: Any = encoder.model.query_tokens
+    return int(queries.shape[1]), int(encoder.model.vision_proj.out_features)
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a name, or its end from some folder on, fits a pattern."""
+    whole = os.path.isabs(pattern)
+    return lambda name: fnmatch.fnmatchcase(name, pattern if whole else f"*/{pattern}")
+
+
+def _recall_of(manifest: Manifest) -> float | None:
+    return manifest.candidates.recall if manifest.candidates else None
+
+
+def _first_problem(journal: Journal) -> str:
+    return next((f"{short_name(name)}: {reason}" for name, reason in journal.unreadable.items()), "-")

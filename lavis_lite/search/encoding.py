@@ -1,0 +1,122 @@
+"""A model as search uses it: pictures and texts to vectors, pairs to matching scores, and which model it is.
+
+Legend: B rows, Q query tokens, E width of the projected vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lavis_lite.api import load_model, load_preprocess
+from lavis_lite.common.config import load_model_preset
+from lavis_lite.common.device import autocast, choose_device, choose_precision
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.hub import PREFIX
+
+NEEDED = ("query_features", "text_features", "match_logits", "project_image")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model: `name`/`type` such as "blip2/shapes", and a run's folder or a weights file."""
+
+    model: str
+    checkpoint: str | None = None
+
+
+class Encoder:
+    """A stage-1 model (features and matching) with the processors of its preset.
+
+    Args:
+        model: with the methods of `tasks.gallery.MatchingModel`, in evaluation mode.
+        processor: picture in RGB -> float32[3, H, W]. clean: a text as the model was trained with.
+        identity: what an index remembers of the model, see `load_encoder`.
+        precision: fp32, bf16 or fp16.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Callable[[Image.Image], Tensor],
+        clean: Callable[[str], str],
+        identity: Mapping[str, Any],
+        *,
+        precision: str = "fp32",
+    ) -> None:
+        self.model, self.processor, self.clean = model, processor, clean
+        self.identity, self.precision = dict(identity), precision
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Processed pictures [B, 3, H, W] -> their projected queries float32[B, Q, E] on the CPU, normalised."""
+        with self._autocast():
+            queries = self.model.query_features(self.model.encode_image(images.to(self.model.device)))
+        return nn.functional.normalize(queries.float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> float32[B, 1, E] on the CPU, normalised."""
+        with self._autocast():
+            feats = self.model.text_features(self.model.tokenize([self.clean(text) for text in texts]))
+        return nn.functional.normalize(feats.float(), dim=-1).cpu()[:, None]
+
+    @torch.no_grad()
+    def match(self, images: Tensor, text: str) -> Tensor:
+        """ITM logits float32[B, 2] (no match, match) of processed pictures [B, 3, H, W] with one text."""
+        with self._autocast():
+            image_kv = self.model.project_image(self.model.encode_image(images.to(self.model.device)))
+            logits = self.model.match_logits(image_kv, self.model.tokenize([self.clean(text)] * len(images)))
+        return logits.float().cpu()
+
+    @property
+    def temperature(self) -> float:
+        """ITC's, by which cosines are divided."""
+        return float(self.model.temp.detach())
+
+    def _autocast(self) -> Any:
+        return autocast(self.model.device, self.precision)
+
+
+def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = "auto") -> Encoder:
+    """The encoder of a chosen model. Its identity has a SHA-256 over all weights and the preset's pictures and texts.
+
+    Raises ConfigError for a model without stage-1 features, and what `load_model` raises.
+    """
+    name, slash, model_type = choice.model.partition("/")
+    if not slash:
+        raise ConfigError(f"--model '{choice.model}': give a name and a type, e.g. blip2/shapes")
+    where = choose_device(device)
+    checkpoint = choice.checkpoint
+    if checkpoint is not None and not checkpoint.startswith(PREFIX):
+        checkpoint = str(Path(checkpoint).expanduser().absolute())
+    model = load_model(name, model_type, True, str(where), checkpoint)
+    if not all(hasattr(model, method) for method in NEEDED):
+        raise ConfigError(f"--model '{choice.model}': search needs a stage-1 model, such as blip2/shapes")
+    preprocess = load_model_preset({"arch": name, "model_type": model_type}).get("preprocess", {})
+    vision, text = load_preprocess(preprocess)
+    identity = {
+        "model": choice.model,
+        "checkpoint": checkpoint,
+        "fingerprint": fingerprint(model, {kind: splits.get("eval") for kind, splits in preprocess.items()}),
+    }
+    chosen = choose_precision(precision, where)
+    return Encoder(model, vision["eval"], text.get("eval", str), identity, precision=chosen)
+
+
+def fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits that differ when a weight or the way pictures and texts are prepared does."""
+    digest = hashlib.sha256(json.dumps(preprocess, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(memoryview(content.numpy()))
+    return digest.hexdigest()[:32]

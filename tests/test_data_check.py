@@ -1,0 +1,104 @@
+"""`lavis-lite data check`: every preset says what is missing; what is there is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data_helpers import make_jsonl, save_picture
+from shard_helpers import write_shards
+
+from lavis_lite.commands.data import data_main
+from lavis_lite.common.config import read_yaml
+from lavis_lite.datasets.layout import COUNTS
+from lavis_lite.datasets.named import preset_names
+
+CARDS = Path(__file__).resolve().parents[1] / "dataset_card"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def check(*arguments: str) -> int:
+    try:
+        data_main(["check", *arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("shapes")])
+def test_every_preset_without_its_files_names_each_split_and_place(
+    name: str, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(name) == 1
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert lines and told.err == ""
+    for line in lines:
+        split = line.split()[1].rstrip(":")
+        assert line.startswith(f"{name} {split}: dataset '{name}': no ") and str(cache / name) in line
+        assert f"dataset_card/{name}.md" in line
+
+
+def test_counts_are_those_of_the_cards() -> None:
+    counts = read_yaml(COUNTS)
+    told = {**counts["exact"], **counts["published"]}
+    assert len(told) == len(counts["exact"]) + len(counts["published"]) >= 12
+    for name, splits in told.items():
+        card = (CARDS / f"{name}.md").read_text(encoding="utf-8")
+        for split, rows in splits.items():
+            assert f"{rows:,}" in card, (name, split)
+
+
+def test_every_card_names_its_check() -> None:
+    for card in CARDS.glob("*.md"):
+        if card.stem != "shapes":
+            assert f"lavis-lite data check {card.stem}" in card.read_text(encoding="utf-8"), card
+
+
+def coco(folder: Path, pictures: int) -> None:
+    images, annotations = [], []
+    for number in range(pictures):
+        save_picture(folder / "val" / f"{number}.jpg", number)
+        images.append({"id": number, "file_name": f"{number}.jpg", "domain": "in-domain"})
+        annotations.append({"image_id": number, "id": number, "caption": "a caption" if number else ""})
+    content = {"images": images, "annotations": annotations}
+    (folder / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+
+
+def test_missing_pictures_and_wrong_counts_are_told(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco(cache / "nocaps", 6)
+    (cache / "nocaps/val/3.jpg").unlink()
+    assert check("nocaps") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "nocaps val: 6 rows, there should be 4,500, 4 of 5 pictures looked for are there"
+    assert lines[1] == f"nocaps val: missing, for example {cache}/nocaps/val/3.jpg"
+    assert lines[2].startswith("nocaps val: 1 rows can't be used, for example ")
+
+
+def test_what_is_whole_passes(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(cache / "cc3m" / "shards", 2, 3)
+    assert check("cc3m") == 0
+    told = "cc3m train: 6 rows, 0% of the 3,318,333 published, 6 of 6 pictures looked for are there\n"
+    assert capsys.readouterr().out == told
+    make_jsonl(tmp_path / "files", 4)
+    own = {"root": str(tmp_path / "files"), "train": {"annotations": "rows.jsonl", "images": "images"}}
+    (tmp_path / "own.yaml").write_text(json.dumps({"datasets": {"own": own}}))
+    assert check(str(tmp_path / "own.yaml"), "--all") == 0
+    assert capsys.readouterr().out == "own train: 4 rows, 4 of 4 pictures looked for are there\n"
+
+
+def test_the_embedded_world_is_drawn_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [f"datasets.shapes_caption.{split}=3" for split in ("train", "val", "test")]
+    assert check("shapes_caption", "--options", *small) == 0
+    assert capsys.readouterr().out.count("3 rows, 3 of 3 pictures") == 3
+
+
+def test_an_unknown_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("coco_captions") == 2
+    assert "did you mean 'coco_caption'" in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""Building and changing an index: nothing twice after SIGKILL, nothing half done, nothing corrupt unnoticed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import warnings_logged
+from PIL import Image
+from search_world import QUERIES, WIDTH, colour_encoder, save_pictures
+
+from lavis_lite.common.errors import DataError, InputError
+from lavis_lite.search import (
+    BuildOptions,
+    Searcher,
+    add_images,
+    build_index,
+    check_index,
+    compact_index,
+    delete_images,
+    open_index,
+)
+from lavis_lite.search.build import locked
+
+TESTS = Path(__file__).resolve().parent
+
+
+def names_of(index: Path) -> list[str]:
+    return [Path(name).name for _, name in open_index(index).store.names()]
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    save_pictures(tmp_path / "pictures", 12)
+    build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder())
+    return tmp_path / "idx"
+
+
+def test_a_broken_picture_is_counted_logged_and_left_out(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures" / "below", 5)
+    (tmp_path / "pictures" / "below" / "002.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "notes.txt").write_text("not looked at")
+    with warnings_logged() as messages:
+        done = build_index(
+            tmp_path / "pictures", tmp_path / "idx", colour_encoder(), BuildOptions(batch_size=2)
+        )
+    assert (done.images, done.changed, done.unreadable, done.recall) == (4, 4, 1, None)
+    assert len(messages) == 1 and "002.png: not a picture" in messages[0]
+    assert names_of(tmp_path / "idx") == ["000.png", "001.png", "003.png", "004.png"]
+
+
+def test_each_picture_is_found_by_its_own_text_and_by_itself(tmp_path: Path) -> None:
+    colours = save_pictures(tmp_path / "pictures", 8)
+    encoder = colour_encoder()
+    build_index(tmp_path / "pictures", tmp_path / "idx", encoder, BuildOptions(dtype="fp32"))
+    searcher = Searcher(open_index(tmp_path / "idx"), encoder)
+    for number, colour in enumerate(colours):
+        path = tmp_path / "pictures" / f"{number:03}.png"
+        for hits in (searcher.search(" ".join(map(str, colour))), searcher.search(image=path)):
+            assert hits[0].image == str(path) and hits[0].score == pytest.approx(1, abs=1e-5)
+            assert [hit.rank for hit in hits] == list(range(1, 9))
+
+
+def test_a_killed_build_goes_on_and_encodes_nothing_twice(tmp_path: Path) -> None:
+    colours = save_pictures(tmp_path / "pictures", 13)
+    log, out = tmp_path / "log", tmp_path / "idx"
+    command = [sys.executable, str(TESTS / "search_world.py"), str(tmp_path / "pictures"), str(out), str(log)]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    batches = out / "building" / "batches.jsonl"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (batches.exists() and batches.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(DataError, match="its build was interrupted; run the same `index build` again"):
+        open_index(out)
+    done = 2 * batches.read_bytes().count(b"\n")
+    assert done < 13
+    encoder = colour_encoder()
+    summary = build_index(tmp_path / "pictures", out, encoder, BuildOptions(batch_size=2))
+    assert encoder.model.images_seen == 13 - done and summary.images == 13
+    begun = len(log.read_text().splitlines())
+    assert done <= begun <= done + 2  # only the batch in flight was read in vain
+    assert names_of(out) == [f"{number:03}.png" for number in range(13)]
+    searcher = Searcher(open_index(out), encoder)
+    found = [searcher.search(" ".join(map(str, colour)), top=1)[0].image[-7:] for colour in colours]
+    assert found == [f"{number:03}.png" for number in range(13)]
+
+
+@pytest.mark.parametrize("damage", ["line", "vectors", "both"])
+def test_what_a_crash_left_half_written_is_cut_off(damage: str, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 6)
+    interrupted(tmp_path, batches=2)
+    building = tmp_path / "idx" / "building"
+    if damage in ("line", "both"):
+        with (building / "batches.jsonl").open("ab") as file:
+            file.write(b'{"names": ["/x.png"], "unread')
+    if damage in ("vectors", "both"):
+        with (building / "vectors.bin").open("r+b") as file:
+            file.truncate(3 * QUERIES * WIDTH * 2 + 5)  # within the second batch
+    encoder = colour_encoder()
+    assert (
+        build_index(tmp_path / "pictures", tmp_path / "idx", encoder, BuildOptions(batch_size=2)).images == 6
+    )
+    assert encoder.model.images_seen == {"line": 2, "vectors": 4, "both": 4}[damage]
+    check_index(tmp_path / "idx")
+    assert names_of(tmp_path / "idx") == [f"{number:03}.png" for number in range(6)]
+
+
+def interrupted(folder: Path, *, batches: int, images: str = "pictures") -> None:
+    """A build of two pictures a batch that fails after some."""
+    encoder = colour_encoder()
+    encode, left = encoder.encode_images, iter(range(batches))
+
+    def failing(tensor: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return encode(tensor)  # type: ignore[arg-type]
+
+    encoder.encode_images = failing  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder / images, folder / "idx", encoder, BuildOptions(batch_size=2))
+
+
+def test_an_unfinished_build_is_not_gone_on_with_by_another_model(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 6)
+    interrupted(tmp_path, batches=1)
+    with pytest.raises(
+        DataError, match=r"building' was begun with model colours/test 0+, not colours/test 0+7; go on"
+    ):
+        build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder(7))
+
+
+def test_add_takes_only_what_is_new(built: Path, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "more", 3, seed=9)
+    encoder = colour_encoder()
+    assert add_images(tmp_path / "more", built, encoder).images == 15
+    save_pictures(tmp_path / "more", 4, seed=9)
+    done = add_images(tmp_path / "more", built, encoder)
+    assert (done.images, done.changed, encoder.model.images_seen) == (16, 1, 4)
+    assert add_images(tmp_path / "more", built, encoder).changed == 0
+    assert len(set(names_of(built))) == 16 - 4  # both folders have 000.png to 003.png
+    check_index(built)
+
+
+def test_a_journal_whose_images_are_in_the_index_is_forgotten(built: Path, tmp_path: Path) -> None:
+    header = {"command": "build", "model": "colours/test", "dtype": "fp16", "parts": []}
+    (built / "building").mkdir()
+    (built / "building" / "header.json").write_text(json.dumps(header))
+    save_pictures(tmp_path / "more", 2, seed=9)
+    assert add_images(tmp_path / "more", built, colour_encoder()).images == 14
+    assert not (built / "building").exists()
+
+
+def test_deleted_images_are_not_found_and_compacting_removes_them(built: Path, tmp_path: Path) -> None:
+    assert delete_images(built, ["00[0-3].png", str(tmp_path / "pictures" / "011.png")]).images == 7
+    left = [f"{number:03}.png" for number in range(4, 11)]
+    assert names_of(built) == left
+    searcher = Searcher(open_index(built), colour_encoder())
+    assert sorted(hit.image[-7:] for hit in searcher.search("9 9 9", top=50)) == left
+    before = {hit.image: hit.score for hit in searcher.search("9 200 9", top=50)}
+    assert compact_index(built).changed == 5
+    assert sum(file.stat().st_size for file in built.rglob("vectors.bin")) == 7 * QUERIES * WIDTH * 2
+    searcher = Searcher(open_index(built), colour_encoder())
+    assert {hit.image: hit.score for hit in searcher.search("9 200 9", top=50)} == pytest.approx(before)
+    with pytest.raises(InputError, match=r"'nothing\.\*' fits no image"):
+        delete_images(built, ["004.png", "nothing.*"])
+    assert names_of(built) == left
+    # A deleted picture that is still in the folder comes back with the next add.
+    assert add_images(tmp_path / "pictures", built, colour_encoder()).images == 12
+
+
+def test_an_index_is_replaced_at_once_and_only_if_asked(built: Path, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "other", 3, seed=4)
+    with pytest.raises(
+        DataError, match=r"there is an index at .* already: `index add` adds to it, --replace"
+    ):
+        build_index(tmp_path / "other", built, colour_encoder())
+    reader = Searcher(open_index(built), colour_encoder())
+    broken = colour_encoder(1)
+    broken.encode_images = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(TypeError):
+        build_index(tmp_path / "other", built, broken, replace_old=True)
+    assert len(names_of(built)) == 12
+    assert build_index(tmp_path / "other", built, colour_encoder(1), replace_old=True).images == 3
+    assert len(reader.search("9 9 9", top=50)) == 12  # who opened the old one goes on with it
+    assert len(names_of(built)) == 3 and len(list((built / "parts").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "file", ["vectors.bin", "names.arrow", "index.json", "deleted-*.npy", "candidates-*.faiss"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_corruption_is_one_clear_line(file: str, damage: str, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 20)
+    kind = "IVF2,Flat" if file.startswith("cand") else "flat"
+    if kind != "flat":
+        pytest.importorskip("faiss")
+    build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder(), BuildOptions(kind=kind))
+    delete_images(tmp_path / "idx", ["003.png"])
+    victim = next((tmp_path / "idx").rglob(file))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if damage == "flip" else content[:-9])
+    said = "no index at" if (file, damage) == ("index.json", "gone") else "corrupt index: "
+    for opened in (open_index, check_index):
+        with pytest.raises(DataError, match=said) as caught:
+            opened(tmp_path / "idx")
+        assert "\n" not in str(caught.value)
+
+
+def test_another_model_is_refused(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"was built by colours/test \(weights 00000000\), and this is colours/test"
+    ):
+        Searcher(open_index(built), colour_encoder(5))
+    with pytest.raises(DataError, match="name that model with --model"):
+        add_images(tmp_path / "pictures", built, colour_encoder(5))
+
+
+def test_one_process_at_a_time_changes_an_index(built: Path) -> None:
+    with locked(built), pytest.raises(DataError, match="another process is changing the index"):
+        delete_images(built, ["000.png"])
+    assert delete_images(built, ["000.png"]).images == 11
+
+
+def test_an_approximate_index_grows_with_its_images(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    save_pictures(tmp_path / "pictures", 30)
+    options, encoder = BuildOptions(kind="IVF4,Flat"), colour_encoder()
+    first = build_index(tmp_path / "pictures", tmp_path / "idx", encoder, options)
+    assert first.recall is not None and first.recall >= 0.99
+    save_pictures(tmp_path / "more", 20, seed=3)
+    add_images(tmp_path / "more", tmp_path / "idx", encoder)
+    index = open_index(tmp_path / "idx")
+    assert index.candidates is not None and index.manifest.candidates is not None
+    assert index.candidates.index.ntotal == 50 * QUERIES and index.manifest.candidates.trained_on == 30
+    save_pictures(tmp_path / "many", 30, seed=5)
+    add_images(tmp_path / "many", tmp_path / "idx", encoder)
+    assert open_index(tmp_path / "idx").manifest.candidates.trained_on == 80  # type: ignore[union-attr]
+    assert len(list((tmp_path / "idx").glob("candidates-*"))) == 1
+    compact_index(tmp_path / "idx")
+    exact = Searcher(open_index(tmp_path / "idx"), encoder).search("200 30 30", exact=True)
+    assert Searcher(open_index(tmp_path / "idx"), encoder).search("200 30 30") == exact
+
+
+def make_shard(path: Path, count: int, *, seed: int) -> None:
+    save_pictures(path.parent / f"of_{path.stem}", count, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            tar.add(path.parent / f"of_{path.stem}" / f"{number:03}.png", f"{number:03}.png")
+            text = tarfile.TarInfo(f"{number:03}.txt")
+            text.size = 3
+            tar.addfile(text, io.BytesIO(b"abc"))
+
+
+def test_shards_by_pattern_and_a_shard_that_breaks_off(tmp_path: Path) -> None:
+    for number in range(3):
+        make_shard(tmp_path / f"{number:02}.tar", 4, seed=number)
+    whole = (tmp_path / "01.tar").read_bytes()
+    (tmp_path / "01.tar").write_bytes(whole[: 2 * 3 * 1024 + 700])
+    encoder = colour_encoder()
+    with warnings_logged() as messages:
+        done = build_index(str(tmp_path / "{00..02}.tar"), tmp_path / "idx", encoder)
+    assert 8 <= done.images < 12 and any("01.tar" in message for message in messages)
+    hits = Searcher(open_index(tmp_path / "idx"), encoder).search("9 9 9", top=20)
+    assert f"{tmp_path}/02.tar::003.png" in {hit.image for hit in hits}
+    assert add_images(str(tmp_path / "*.tar"), tmp_path / "idx", encoder).changed == 0
+    with pytest.raises(DataError, match=r"1 of 4 are missing, first '.*03\.tar'"):
+        build_index(str(tmp_path / "{00..03}.tar"), tmp_path / "new", encoder)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("nowhere", "--images '.*nowhere': no such folder or tar file"),
+        ("empty", "--images '.*empty': there are no pictures"),
+        ("file.txt", "neither a folder nor an uncompressed .tar file"),
+        ("broken", "none of the 1 pictures can be read; the first: .*a.png: the file is empty"),
+    ],
+)
+def test_sources_without_a_picture(where: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").touch()
+    with pytest.raises(DataError, match=message):
+        build_index(tmp_path / where, tmp_path / "idx", colour_encoder())
+    with pytest.raises(DataError, match="no index at"):
+        open_index(tmp_path / "idx")
+
+
+def test_rerank_orders_by_matching_and_keeps_what_cannot_be_read(built: Path, tmp_path: Path) -> None:
+    encoder = colour_encoder()
+    searcher = Searcher(open_index(built), encoder)
+    plain = searcher.search("120 9 99", top=12)
+    (tmp_path / "pictures" / plain[0].image[-7:]).unlink()
+    with warnings_logged() as messages:
+        found = searcher.search("120 9 99", top=12, rerank="itm", candidates=6)
+    assert len(messages) == 1 and "not re-ranked" in messages[0] and "no such file" in messages[0]
+    with_blue = {hit.image: Image.open(hit.image).getpixel((0, 0))[2] for hit in plain[1:6]}
+    assert [hit.image for hit in found[:5]] == sorted(with_blue, key=lambda image: with_blue[image])
+    assert found[5].image == plain[0].image and found[5].itm is None
+    assert [hit.image for hit in found[6:]] == [hit.image for hit in plain[6:]]
+    total = searcher.search("120 9 99", top=3, rerank="sum", candidates=6)
+    assert all(hit.itm is not None and 0 <= hit.itm <= 1 for hit in total)
+    logit = 5 - 9 * with_blue[total[0].image] / 255
+    assert total[0].score == pytest.approx(logit + total[0].itc / 0.1, abs=1e-4)

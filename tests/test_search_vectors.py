@@ -1,0 +1,167 @@
+"""Search over vectors: the score against its definition in loops, exact and approximate search against sorting."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from search_world import make_store, slow_scores
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lavis_lite.common.errors import ConfigError, MissingDependencyError
+from lavis_lite.search import store as store_module
+from lavis_lite.search.candidates import CandidateIndex, Setting, choose_factory, draw_queries, tune
+from lavis_lite.search.scoring import score, search_exactly
+
+
+def draw_vectors(*shape: int, seed: int = 0) -> Tensor:
+    return normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_the_score_is_the_mean_of_the_largest_products(vectors: int) -> None:
+    images, queries = draw_vectors(7, 5, 6), draw_vectors(3, vectors, 6, seed=1)
+    expected = torch.tensor([slow_scores(query, images) for query in queries])
+    assert torch.allclose(score(queries, images), expected, atol=1e-6)
+
+
+def test_a_picture_fits_itself_best() -> None:
+    images = draw_vectors(20, 5, 6)
+    scores = score(images[:4], images)
+    assert scores.argmax(1).tolist() == [0, 1, 2, 3]
+    assert torch.allclose(scores.max(1).values, torch.ones(4), atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [1, 7, 100])
+def test_exact_search_is_sorting_whatever_the_blocks(
+    top: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, queries = draw_vectors(61, 3, 4), draw_vectors(5, 2, 4, seed=1)
+    store = make_store(tmp_path, images)
+    dead = torch.tensor([0, 17, 60])
+    store.alive[dead] = False
+    monkeypatch.setattr(store_module, "BLOCK", 3 * 4 * 8)  # blocks of 8 images
+    for _ in range(2):  # the second time from memory
+        found, rows = search_exactly(queries, store.blocks(), store.alive, top)
+        for number, query in enumerate(queries):
+            scores = {row: s for row, s in enumerate(slow_scores(query, images)) if row not in dead.tolist()}
+            expected = sorted(scores, key=lambda row: -scores[row])[:top]
+            assert rows[number].tolist() == expected
+            assert found[number].tolist() == pytest.approx([scores[row] for row in expected], abs=1e-6)
+
+
+def test_vectors_in_fp16_are_as_near_as_fp16_is(tmp_path: Path) -> None:
+    images = draw_vectors(40, 3, 16)
+    store = make_store(tmp_path, images, dtype="fp16")
+    assert (store.gather(torch.arange(40)) - images).abs().max() < 2**-11
+    assert (
+        tmp_path / "parts" / store.manifest.parts[0].name / "vectors.bin"
+    ).stat().st_size == 40 * 3 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "vectors", "width", "expected"),
+    [
+        ("auto", 1_000_000, 256, None),
+        ("flat", 10**9, 256, None),
+        ("auto", 1_000_001, 256, "IVF4096,PQ128x4fs"),
+        ("auto", 100_000_000, 256, "IVF32768_HNSW32,PQ128x4fs"),
+        ("ivfpq", 10_000, 15, "IVF512,PQ15x4fs"),
+        ("hnsw", 10_000, 64, "HNSW32_SQ8"),
+        ("IVF64,Flat", 10, 64, "IVF64,Flat"),
+    ],
+)
+def test_the_kind_of_index_follows_from_the_size(
+    kind: str, vectors: int, width: int, expected: str | None
+) -> None:
+    assert choose_factory(kind, vectors, width) == expected
+
+
+def brute(store_images: Tensor, query: Tensor, alive: Tensor, top: int) -> list[int]:
+    scores = torch.einsum("nqe,ve->nqv", store_images, query).amax(1).mean(1)
+    return scores.masked_fill(~alive, -9).topk(top).indices.tolist()
+
+
+@pytest.mark.parametrize("kind", ["ivfpq", "hnsw", "IVF32,Flat"])
+def test_an_approximate_index_is_tuned_to_its_target(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    images = draw_vectors(1000, 3, 16)
+    store = make_store(tmp_path, images)
+    factory = choose_factory(kind, 3_000, 16)
+    assert factory is not None
+    index = CandidateIndex.train(store, factory)
+    index.setting = Setting(1, 1)
+    asked = draw_queries(store, 20, seed=5)
+    before = recall(index, store, images, asked)
+    tuned = tune(index, store, draw_queries(store, 40), target=0.99)
+    assert tuned >= 0.99 and recall(index, store, images, asked) >= 0.97 > before
+    scores, rows = index.search(store, asked[:3], 10)
+    exact, _ = search_exactly(asked[:3], store.blocks(), store.alive, 10)
+    assert rows.shape == (3, 10) and torch.allclose(scores[:, 0], exact[:, 0], atol=1e-6)  # exact scores
+
+
+def recall(index: CandidateIndex, store: Any, images: Tensor, asked: Tensor) -> float:
+    rows = index.search(store, asked, 100)[1].tolist()
+    right = [
+        len({*found} & {*brute(images, query, store.alive, 100)})
+        for found, query in zip(rows, asked, strict=True)
+    ]
+    return sum(right) / (100 * len(asked))
+
+
+def test_many_deleted_images_near_a_query_do_not_hide_the_living(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    images = draw_vectors(2000, 2, 8)
+    store = make_store(tmp_path, images)
+    index = CandidateIndex.train(store, "IVF16,Flat")
+    index.setting = Setting(nprobe=2, oversample=1)
+    query = images[5, 0][None]
+    nearest = brute(images, query, store.alive, 900)
+    store.alive[torch.tensor(nearest)] = False
+    found = index.search(store, query[None], 20)[1][0].tolist()
+    assert len(set(found)) == 20 and -1 not in found and not set(found) & set(nearest)
+    index.setting = Setting(nprobe=16, oversample=1)
+    assert index.search(store, query[None], 20)[1][0].tolist() == brute(images, query, store.alive, 20)
+
+
+def test_asking_for_more_than_there_is(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    store = make_store(tmp_path, draw_vectors(30, 2, 8))
+    index = CandidateIndex.train(store, "IVF4,Flat")
+    index.setting = Setting(nprobe=1, oversample=1)
+    scores, rows = index.search(store, draw_vectors(1, 1, 8, seed=3), 40)
+    assert sorted(rows[0, :30].tolist()) == list(range(30)) and rows[0, 30:].eq(-1).all()
+    assert scores[0, 30:].eq(-torch.inf).all()
+
+
+def test_a_description_that_faiss_does_not_know_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    store = make_store(tmp_path, draw_vectors(30, 2, 8))
+    with pytest.raises(ConfigError, match="--kind 'IVVF4': faiss can't build this index") as caught:
+        CandidateIndex.train(store, "IVVF4")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_faiss_a_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "faiss":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    store = make_store(tmp_path, draw_vectors(30, 2, 8))
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lavis-lite\[index\]'"):
+        CandidateIndex.train(store, "IVF4,Flat")
+
+
+def test_measuring_queries_lie_off_what_is_stored(tmp_path: Path) -> None:
+    images = draw_vectors(500, 2, 256)
+    queries = draw_queries(make_store(tmp_path, images), 50)
+    cosines = score(queries, images).max(1).values
+    assert 0.4 < float(cosines.mean()) < 0.6 and torch.allclose(queries.norm(dim=-1), torch.ones(50, 1))

@@ -1,0 +1,98 @@
+"""Whole runs on shards and streams: interrupted and continued they are what they would have been, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runner_helpers import assert_same_bits, logged, run_ranks, train_command, weights
+from shard_helpers import section, write_shards
+
+from lavis_lite.common.config import load_config
+from lavis_lite.common.logging import progress_text
+from lavis_lite.runners.runner import Runner
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path / "cache"))
+
+
+def project(folder: Path, **run: Any) -> Path:
+    """Local shards and a stream, mixed 1:2; the run's output goes to folder/run."""
+    local = write_shards(folder.parent / "local", 2, 9)
+    streamed = write_shards(folder.parent / "streamed", 5, 7)
+    stream = {"stream": True, "samples": 35, "shuffle": 4}
+    content = {
+        "imports": [str(TESTS / "shard_fakes.py"), str(TESTS / "runner_fakes.py")],
+        "model": {"arch": "fake_pictures"},
+        "datasets": {
+            "local": {**section(local), "ratio": 1},
+            "streamed": {**section(streamed, **stream), "ratio": 2},
+        },
+        "task": {"name": "fake_loss"},
+        "run": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 8,
+            "save_every": 4,
+            "batch_size_train": 3,
+            "num_threads": 1,
+            "num_workers": 0,
+            "valid_splits": [],
+            "test_splits": [],
+            "warmup_steps": 2,
+            "log_every": 4,
+            "init_lr": 0.01,
+            "precision": "fp32",
+            "max_bad_fraction": 0.5,
+            **run,
+        },
+    }
+    folder.mkdir(parents=True)
+    path = folder / "project.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def back_to_step_4(folder: Path) -> dict[str, Any]:
+    """Leave a finished run as it was after four steps; returns what it was after eight."""
+    finished = folder / "run/checkpoints/step_000008"
+    bits = weights(finished)
+    shutil.rmtree(finished)
+    (folder / "run/summary.json").unlink(missing_ok=True)
+    return bits
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_continues_in_mid_epoch_of_a_mix(tmp_path: Path, workers: int) -> None:
+    path = project(tmp_path / "one", num_workers=workers)
+    (tmp_path / "streamed/00002.tar").write_bytes(b"broken" * 1000)
+    whole = Runner(load_config(path)).train()
+    assert whole.finished
+    log, bits = logged(tmp_path / "one/run"), back_to_step_4(tmp_path / "one")
+    again = Runner(load_config(path)).train()
+    assert again.finished and again.checkpoint == whole.checkpoint
+    assert_same_bits(weights(again.checkpoint), bits)
+    assert [row for row in logged(tmp_path / "one/run") if "loss" in row] == [
+        row for row in log if "loss" in row
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_continue_in_mid_epoch_of_a_mix(tmp_path: Path) -> None:
+    path = project(tmp_path / "two", num_workers=1)
+    run_ranks(train_command(path), timeout=300)
+    bits = back_to_step_4(tmp_path / "two")
+    run_ranks(train_command(path), timeout=300)
+    assert_same_bits(weights(tmp_path / "two/run/checkpoints/step_000008"), bits)
+
+
+def test_the_log_line_says_how_much_of_a_step_waits_for_data() -> None:
+    row = {"loss": 1.0, "images_per_s": 100.0, "data_wait": 0.3, "data_wait_share": 0.26}
+    assert progress_text(row) == "loss 1.000  100 images/s  26% waiting for data"
+    assert progress_text({**row, "data_wait_share": 0.01}) == "loss 1.000  100 images/s"

@@ -1,0 +1,254 @@
+"""`lavis-lite shards make` and `check`: every dataset goes in and comes out again, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import make_jsonl
+from shard_helpers import jpeg, sample, section, write_shards
+
+from lavis_lite.commands.shards import shards_main
+from lavis_lite.datasets.builders import build_datasets
+from lavis_lite.datasets.named import build_named_split
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A project file with one dataset of 23 pictures."""
+    make_jsonl(tmp_path / "files", 23)
+    path = tmp_path / "mine.yaml"
+    content = {
+        "datasets": {"mine": {"root": str(tmp_path / "files"), "train": {"annotations": "rows.jsonl"}}}
+    }
+    content["datasets"]["mine"]["train"]["images"] = "images"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def make(source: Path | str, out: Path, *options: str) -> None:
+    shards_main(["make", str(source), "--out", str(out), "--samples-per-shard", "5", *options])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def read_back(folder: Path) -> Any:
+    return build_datasets({"web": section(f"{folder}/*.tar")})["web"]["train"]
+
+
+def test_what_goes_in_comes_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(source, tmp_path / "out", "--workers", "2")
+    assert "23 samples of 23 rows in 5 shards" in capsys.readouterr().out
+    names = [f"{number:05}.{suffix}" for number in range(5) for suffix in ("arrow", "tar")]
+    assert sorted(contents(tmp_path / "out")) == sorted([*names, "index.json"])
+    before, after = build_named_split(str(source), "train"), read_back(tmp_path / "out")
+    assert len(after) == 23
+    for row in range(23):
+        assert after[row]["captions"] == before[row]["captions"]
+        assert after[row]["image"].tobytes() == before[row]["image"].tobytes()
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert [entry["nsamples"] for entry in index["shardlist"]] == [5, 5, 5, 5, 3]
+
+
+def test_the_shards_do_not_depend_on_workers_and_can_be_shuffled(source: Path, tmp_path: Path) -> None:
+    make(source, tmp_path / "one")
+    make(source, tmp_path / "two", "--workers", "2")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    make(source, tmp_path / "mixed", "--shuffle", "1")
+    order = [read_back(tmp_path / "mixed").captions(row)[0] for row in range(23)]
+    assert order != sorted(order, key=lambda text: int(text.split()[1]))
+    assert sorted(order) == sorted(f"row {row} caption 0" for row in range(23))
+
+
+def test_shards_can_be_cut_anew(source: Path, tmp_path: Path) -> None:
+    make(source, tmp_path / "five")
+    again = tmp_path / "again.yaml"
+    again.write_text(json.dumps({"datasets": {"again": section(f"{tmp_path}/five/*.tar")}}))
+    shards_main(["make", str(again), "--out", str(tmp_path / "ten"), "--samples-per-shard", "10"])
+    first, second = read_back(tmp_path / "five"), read_back(tmp_path / "ten")
+    assert len(list((tmp_path / "ten").glob("*.tar"))) == 3
+    assert [first[row]["captions"] for row in range(23)] == [second[row]["captions"] for row in range(23)]
+    assert first.image(7).tobytes() == second.image(7).tobytes()
+
+
+def test_numbers_groups_and_questions_are_kept(tmp_path: Path) -> None:
+    make_jsonl(tmp_path, 4)
+    rows = [
+        {
+            "image": f"{row}.jpg",
+            "question": f"what {row}?",
+            "answer": ["a", "a", "b"],
+            "question_id": 70 + row,
+        }
+        | {"image_id": 9, "answer_type": "other"}
+        for row in range(4)
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    train = {"annotations": "questions.json", "images": "images"}
+    spec = {"datasets": {"asked": {"builder": "vqa", "root": str(tmp_path), "train": train}}}
+    (tmp_path / "asked.yaml").write_text(json.dumps(spec))
+    make(tmp_path / "asked.yaml", tmp_path / "out")
+    shards = {"builder": "vqa_shards", "train": {"shards": f"{tmp_path}/out/*.tar"}}
+    before = build_named_split(str(tmp_path / "asked.yaml"), "train")
+    after = build_datasets({"asked": shards})["asked"]["train"]
+    for row in range(4):
+        one, two = before[row], after[row]
+        assert one.pop("image").tobytes() == two.pop("image").tobytes() and one == two
+        assert before.record(row).question == after.record(row).question
+
+
+def test_unreadable_rows_are_left_out_and_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "files/images/3.jpg").unlink()
+    (tmp_path / "files/images/9.jpg").write_bytes(b"")
+    make(source, tmp_path / "out")
+    told = capsys.readouterr()
+    assert "21 samples of 23 rows" in told.out
+    assert "2 rows could not be read and are left out, for example" in told.err and "3.jpg" in told.err
+    assert len(read_back(tmp_path / "out")) == 21
+
+
+def test_a_killed_run_is_taken_up_again(source: Path, tmp_path: Path) -> None:
+    make(source, tmp_path / "whole", "--workers", "1")
+    command = [
+        sys.executable,
+        "-m",
+        "lavis_lite.cli",
+        "shards",
+        "make",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--samples-per-shard", "5", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("*.tar")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (tmp_path / "out/.tmp-00004.tar-left-over").write_bytes(b"half")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time_ns for name, time_ns in kept.items())
+
+
+def test_a_folder_of_something_else_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(source, tmp_path / "out")
+    for arguments in (["--shuffle", "1"], ["--samples-per-shard", "6"]):
+        with pytest.raises(SystemExit) as exit_code:
+            make(source, tmp_path / "out", *arguments)
+        assert exit_code.value.code == 2
+        assert "holds shards made with other settings" in capsys.readouterr().err
+    write_shards(tmp_path / "others", 1, 1)
+    with pytest.raises(SystemExit):
+        make(source, tmp_path / "others")
+    assert "holds shards that this command didn't make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["coco_captions"], "did you mean 'coco_caption'"),
+        (["nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+        (["coco_caption", "--options", "run.seed=3"], "options here are of the form datasets.coco_caption."),
+        (["coco_caption", "--split", "tain"], "no split 'tain'"),
+        (["nocaps"], "dataset 'nocaps' has no split 'train'; splits: val"),
+        (["shapes_caption", "--samples-per-shard", "0"], "--samples-per-shard must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_of_make(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--options", *(f"datasets.shapes_caption.{split}=2" for split in ("train", "val", "test"))]
+    options = small if arguments[0] == "shapes_caption" else []
+    with pytest.raises(SystemExit) as exit_code:
+        shards_main(["make", *arguments, "--out", str(tmp_path / "out"), *options])
+    assert exit_code.value.code in (1, 2)
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def check(*arguments: str) -> int:
+    try:
+        shards_main(["check", *arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def test_check_finds_nothing_in_whole_shards(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(source, tmp_path / "out")
+    capsys.readouterr()
+    assert check(f"{tmp_path}/out/*.tar", "--deep") == 0
+    assert capsys.readouterr().out == "5 of 5 shards are whole: 23 samples, 46 captions, 0 bad samples\n"
+    assert check(f"{tmp_path}/out/{{00000..00004}}.tar", "--readers", "6") == 1
+    assert "5 shards are too few for 6 readers" in capsys.readouterr().err
+    assert check(f"pipe:cat {tmp_path}/out/{{00000..00004}}.tar") == 0
+    assert "5 of 5 shards are whole: 23 samples, 46 captions" in capsys.readouterr().out
+
+
+def test_check_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def bad(number: int) -> dict[str, bytes]:
+        wrong: dict[int, dict[str, bytes]] = {
+            1: {"jpg": jpeg(1)},
+            2: {"txt": b"no picture"},
+            3: {"jpg": jpeg(3), "json": b"{"},
+            4: {"jpg": b"no picture", "txt": b"one"},
+        }
+        return wrong.get(number, sample(number))
+
+    write_shards(tmp_path, 3, 6)
+    write_shards(tmp_path, 1, 6, make=bad)
+    (tmp_path / "00002.tar").write_bytes((tmp_path / "00002.tar").read_bytes()[:5000])
+    assert check(f"{tmp_path}/{{00000..00003}}.tar") == 1
+    told = capsys.readouterr().out
+    assert "00000.tar: sample 000000001: no .json or .txt among its members (jpg)" in told
+    assert "00000.tar: sample 000000002: no picture among its members (txt)" in told
+    assert "00000.tar: sample 000000003: broken json" in told
+    assert "00002.tar: " in told and "00003.tar: no such file" in told
+    assert told.splitlines()[-1].startswith("1 of 4 shards are whole") and "3 bad samples" in told
+    assert check(f"{tmp_path}/00000.tar", "--deep") == 1
+    assert "and 1 more bad samples" in capsys.readouterr().out
+    assert check(f"{tmp_path}/nowhere/*.tar") == 1
+    assert "no shard" in capsys.readouterr().err
+
+
+def test_check_compares_with_the_index(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(source, tmp_path / "out")
+    shard = tmp_path / "out/00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[900] ^= 255
+    shard.write_bytes(content)
+    assert check(str(shard), "--deep") == 1
+    assert "its checksum is not that of index.json" in capsys.readouterr().out
+    write_shards(tmp_path / "out", 1, 4)
+    assert check(f"{tmp_path}/out/00000.tar") == 1
+    assert "it has 4 samples" in capsys.readouterr().out
