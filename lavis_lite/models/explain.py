@@ -146,7 +146,7 @@ def _rows(tokens: TextTokens, words: Sequence[Sequence[Word]]) -> _Rows:
     pair, picked = [], []
     for index, own in enumerate(words):
         everything = tokens.attention_mask[index].clone()
-        everything[0] = everything[int(everything.sum()) - 1] = False  # [CLS] and [SEP]
+        everything[[0, int(everything.sum()) - 1]] = False  # [CLS] and [SEP]
         picked.append(everything)
         for word in own:
             alone = torch.zeros_like(everything)
