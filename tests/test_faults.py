@@ -66,7 +66,7 @@ def _ranks(agent: int) -> dict[int, int]:
 
 
 def _kill_when(agent: int, rank: int, condition: Callable[[], bool], pause: float = 0.0) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 500
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.0005)
@@ -103,11 +103,11 @@ def test_a_lost_rank_is_named_in_one_line(tmp_path: Path) -> None:
     command = [*train_command(path), "datasets.fake.seconds=0.05", "run.max_steps=500"]
     ranks = [start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", **common) for r in range(2)]
     try:
-        wait_for(lambda: _steps(tmp_path) >= 2, 240)
+        wait_for(lambda: _steps(tmp_path) >= 2, 500)
         ranks[1].kill()
         killed = time.monotonic()
         _, err = ranks[0].communicate(timeout=120)
-        assert time.monotonic() - killed < 60  # seconds, on a busy machine too
+        assert time.monotonic() - killed < 60  # and not run.timeout; seconds, where the machine is not busy
     finally:
         for process in ranks:
             process.kill()
