@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,29 +69,29 @@ class Runner:
         """
         dist.init(self.cfg.run.timeout)
         with naming_lost_ranks(self._where):
-            self._train()
+            if self._set_up():
+                with self.signals, self.progress:
+                    if self._owes_evaluation():
+                        self.validate()
+                    batches = self._batches()
+                    while not self.finished and not self.stopping:
+                        self.train_step(batches)
+                        self.log()
+                        if self._is_due(self.cfg.run.eval_every):
+                            self.validate()
+                        if self._save_is_due():
+                            self.save()
+                    batches.close()
+                self._finish()
         # Not after an error: other ranks may be waiting in a collective, and end because this one does.
         dist.shutdown()
         return RunResult(self.finished, self.state.step, self.saved, dict(self.state.metrics))
 
-    def _train(self) -> None:
-        if not self._set_up():
-            return
-        with self.signals, self.progress:
-            if self._owes_evaluation():
-                self.validate()
-            batches = self.parts.loader.batches(
-                self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
-            )
-            while not self.finished and not self.stopping:
-                self.train_step(batches)
-                self.log()
-                if self._is_due(self.cfg.run.eval_every):
-                    self.validate()
-                if self._save_is_due():
-                    self.save()
-            batches.close()
-        self._finish()
+    def _batches(self) -> Generator[dict[str, Any], None, None]:
+        """This rank's batches from where the run is."""
+        return self.parts.loader.batches(
+            self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
+        )
 
     def _where(self) -> str:
         """Where the run is, for the message of one that can't go on."""
