@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.datasets.images import SUFFIXES
 from lavis_lite.datasets.readers import Fields, bad_text
 from lavis_lite.datasets.records import RecordTable, Source, open_records
-
-CAPTION_NAMES = ("captions", "caption", "text")
-IMAGE_MEMBERS = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
+from lavis_lite.datasets.shard_rows import CAPTION_NAMES, PICTURES
+from lavis_lite.datasets.shard_urls import is_local
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ class _Tar:
     def _item(self, sample: Mapping[str, Any]) -> Item:
         key = str(sample["__key__"])
         name = f"{self.url}, {key}"
-        member = next((suffix for suffix in sample if suffix in IMAGE_MEMBERS), None)
+        member = next((suffix for suffix in sample if suffix in PICTURES), None)
         if member is None:
             found = ", ".join(suffix for suffix in sample if not suffix.startswith("__"))
             return Item(key, name, problem=f"no picture among its members ({found})")
@@ -220,11 +218,6 @@ class _Tar:
             return Item(key, name, sample[member], _captions(sample, self.caption_field))
         except ValueError as error:
             return Item(key, name, problem=str(error))
-
-
-def is_local(url: str) -> bool:
-    """Whether a shard is a file of this machine's, and not a pipe or an address."""
-    return "://" not in url and not url.startswith("pipe:")
 
 
 def _captions(sample: Mapping[str, Any], caption_field: str | None) -> list[str]:
