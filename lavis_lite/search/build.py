@@ -89,6 +89,7 @@ def build_index(
     another model.
     """
     root, options = Path(out), options or BuildOptions()
+    names = list(list_pictures(images))
     with locked(root):
         old = load_manifest(root) if (root / MANIFEST).exists() else None
         if old and not replace_old:
@@ -96,7 +97,6 @@ def build_index(
             raise DataError(
                 f"there is an index at '{root}' already: `index add` adds to it, --replace replaces it"
             )
-        names = list(list_pictures(images))
         queries, width = _shape_of(encoder)
         manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind)
         return _extend(root, manifest, names, encoder, options, old=old, what="build")
