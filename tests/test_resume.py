@@ -10,6 +10,7 @@ import torch
 
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.models.base import build_model
 from lavis_lite.runners import runner as runner_module
 from lavis_lite.runners.resume import differing_keys
 from lavis_lite.runners.runner import Runner
@@ -226,3 +227,28 @@ def test_differing_keys_names_leaves() -> None:
 
 def test_the_killed_script_is_the_real_command() -> None:
     assert "train_main()" in (ROOT / "train.py").read_text()
+
+
+def test_frozen_parts_that_another_checkpoint_gave_come_back(tmp_path: Path) -> None:
+    given = tmp_path / "given" / "model.safetensors"
+    given.parent.mkdir()
+    model = build_model(config(tmp_path).model)
+    torch.manual_seed(7)
+    ckpt.save_tensors(given, {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+
+    def settings(name: str, **run: Any) -> Any:
+        return config(tmp_path / name, f"model.pretrained={given}", **run)
+
+    whole = Runner(settings("whole")).train()
+    crash_before(3, settings("parts", save_every=3))
+    parts = Runner(settings("parts", save_every=3))
+    assert_same_bits(weights(whole.checkpoint), weights(parts.train().checkpoint))
+    assert torch.equal(parts.parts.model.frozen.weight.cpu(), ckpt.load_tensors(given)["frozen.weight"])
+
+    again = build_model({"arch": "fake_mlp", "pretrained": str(tmp_path / "parts/run")})
+    assert torch.equal(again.frozen.weight, ckpt.load_tensors(given)["frozen.weight"])
+    given.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has the frozen parts of '.*given.*', which isn't there any more"
+    ):
+        build_model({"arch": "fake_mlp", "pretrained": str(tmp_path / "parts/run")})

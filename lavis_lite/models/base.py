@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.checkpoint import resolve_checkpoint
+from lavis_lite.common.checkpoint import STATE, load_state, resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
@@ -31,10 +31,13 @@ class BaseModel(nn.Module):
 
     presets: its folder of presets below lavis_lite/configs/models/; by default that of its registered name.
     optional_keys: regular expressions of keys that a checkpoint may lack, such as those of frozen backbones.
+    frozen_from: the file that gave weights which this model keeps frozen, beyond what `load_backbones` loads; its own
+        checkpoints don't hold them but name that file.
     """
 
     presets: ClassVar[str]
     optional_keys: ClassVar[tuple[str, ...]] = ()
+    frozen_from: Path | None = None
 
     @classmethod
     def validate_config(cls, cfg: Mapping[str, Any], *, where: str = "model") -> None:
@@ -68,7 +71,18 @@ class BaseModel(nn.Module):
                 f"'{file}' is for a language model of the family {checkpoint.llm}, this model's is {own}"
             )
         tensors, optional = self.select_weights(dict(checkpoint.tensors))
+        source = _frozen_source(file)
+        if source is not None:
+            tensors = {**self._frozen_of(source), **tensors}
         load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
+        if tensors.keys() & self.state_dict().keys() - self.trainable_state_dict().keys():
+            self.frozen_from = source or file.resolve()
+
+    def _frozen_of(self, source: Path) -> dict[str, Tensor]:
+        """What a checkpoint of another run has of the parts that this model doesn't train."""
+        tensors = open_checkpoint(source).tensors
+        frozen = self.state_dict().keys() - self.trainable_state_dict().keys()
+        return {name: tensors[name] for name in frozen & tensors.keys()}
 
     def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """What this model takes of a checkpoint's tensors, and patterns of names that these may lack.
@@ -129,6 +143,24 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
     model._load_opened(checkpoint, file)
     logger.info("weights of %s", file)
     return model
+
+
+def _frozen_source(file: Path) -> Path | None:
+    """Where a run's checkpoint says that its frozen parts came from; None where they are the backbones' own.
+
+    Raises CheckpointError when that is no longer there: the model would be another one without a word.
+    """
+    if not (file.parent / STATE).is_file():
+        return None
+    named = load_state(file.parent).get("frozen_from")
+    if named is None:
+        return None
+    if not Path(named).is_file():
+        raise CheckpointError(
+            f"'{file}' has the frozen parts of '{named}', which isn't there any more: put it back (the path is "
+            f"frozen_from in {file.parent / STATE})"
+        )
+    return Path(named)
 
 
 def without_sources(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -297,6 +297,7 @@ class Runner:
             "batches": state.step * run.accum_grad_iters,
             "max_steps": self.max_steps,
             "versions": resume.versions(),
+            "frozen_from": str(parts.model.frozen_from) if parts.model.frozen_from else None,
         }
         ckpt.save_checkpoint(
             folder,
