@@ -1,6 +1,7 @@
 """Five steps of tiny models under every strategy; run as `python -m tests.strategy_scenario <folder>`.
 
-One process imports torch, and every rank of every strategy is forked from it: a start costs seconds, a fork nothing.
+One process imports all that is needed, and every rank of every strategy is forked from it: a start costs seconds,
+a fork nothing.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ def ranks(world: int) -> Iterator[int]:
 def main(folder: Path, only: str | None = None) -> None:
     torch.set_num_threads(1)
     losses.sample_negatives = hardest
+    for case in CASES:  # what models and optimisers import late, imported once and not in every rank
+        build(case, folder / "imports")
     for name, world in RUNS:
         if only not in (None, name):
             continue

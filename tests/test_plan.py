@@ -152,6 +152,8 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(capsys: pytest.CaptureF
     assert remedy["fits"] and remedy["total"] <= plan["limit"]
     assert "run.precision=bf16" in [o for proposal in remedy["proposals"] for o in proposal["options"]]
     assert all(proposal["saves"] > 0 for proposal in remedy["proposals"])
+    keys = [option.partition("=")[0] for option in remedy["together"]]
+    assert len(keys) == len(set(keys))
 
 
 def test_a_frozen_language_model_in_fp16_computes_in_fp16_whatever_surrounds(tmp_path: Path) -> None:

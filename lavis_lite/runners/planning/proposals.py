@@ -36,9 +36,14 @@ class _Setting:
     why: str
     target: Callable[[Target], Target] = lambda target: target
 
+    @property
+    def keys(self) -> list[str]:
+        """What it sets."""
+        return [option.partition("=")[0] for option in self.options]
+
 
 def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
-    """Settings that save memory, cheapest first, and the first few of them with which the run fits.
+    """Settings that save memory, cheapest first, and those of them without any of which the run would not fit.
 
     Args:
         load: gives the configuration with more options laid over it.
@@ -53,17 +58,23 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
     for setting, _ in found:
         if best.fits:
             break
-        taken.append(setting)
+        taken = [*(one for one in taken if one.keys != setting.keys), setting]
         best = _planner(load, planner, taken).plan(plan.batch)
     proposals = [proposal for _, proposal in found]
-    together = [option for setting in taken for option in setting.options]
+    in_parts: tuple[str, ...] = ()
     if not best.fits:
         smaller = _smaller_batch(_planner(load, planner, taken), plan)
         if smaller is not None:
             proposal, best = smaller
             proposals.append(proposal)
-            together += proposal.options
-    return Remedy(tuple(proposals), tuple(together), best)
+            in_parts = proposal.options
+    for setting in reversed(taken if best.fits else []):  # the dearest first
+        fewer = [one for one in taken if one is not setting]
+        without = _planner(load, planner, fewer).plan(best.batch)
+        if without.fits:
+            taken, best = fewer, without
+    together = [option for setting in taken for option in setting.options]
+    return Remedy(tuple(proposals), (*together, *in_parts), best)
 
 
 def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
@@ -133,7 +144,9 @@ def _smaller_batch(planner: Planner, plan: Plan) -> tuple[Proposal, Plan] | None
         if smaller.fits:
             accumulated = parts * planner.cfg.run.accum_grad_iters
             options = (f"run.batch_size_train={smaller.batch}", f"run.accum_grad_iters={accumulated}")
-            why = "the same batch in parts; a contrastive loss then sees fewer negatives"
+            why = "the same batch in parts"
+            if not planner.cfg.model.get("language_model"):
+                why += "; the contrastive loss then sees fewer negatives"
             return Proposal(options, planner.plan(plan.batch).total - smaller.total, why), smaller
     return None
 
