@@ -29,6 +29,7 @@ from lavis_lite.capfilt.worker import uniform_draws
 from lavis_lite.cli import main
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_dataset_from_preset
+from lavis_lite.datasets.tar_members import Address, samples_of
 from lavis_lite.models.decoding import draw_from_nucleus
 
 
@@ -134,7 +135,7 @@ def test_captions_of_shards_are_found_where_they_usually_are(tmp_path: Path) -> 
     assert found[1].content == jpg and [item.problem is None for item in found] == [True] * 4 + [False] * 3
     problems = [str(item.problem) for item in found[4:]]
     assert "no picture among its members (txt)" in problems[0]
-    assert "json member is broken" in problems[1] and "not UTF-8 (byte 3)" in problems[2]
+    assert "broken json" in problems[1] and "not valid UTF-8 (byte 3)" in problems[2]
     url = items(TarShards(str(tmp_path / "a.tar"), caption_field="url"))[0]
     assert url.captions == ["u"]
 
@@ -146,11 +147,36 @@ def test_a_cut_shard_is_used_up_to_the_cut_and_a_cut_stream_is_not(tmp_path: Pat
     )
     path.write_bytes(path.read_bytes()[: size + 600])
     piece = TarShards(str(path)).open(0)
-    assert [item.key for item in piece] == ["0", "1"] and "unexpected end of data" in str(piece.damage)
+    assert [item.key for item in piece] == ["0", "1", "2"] and "ends within member 3.jpg" in str(piece.damage)
     with pytest.raises(DataError, match=r"broke off|can't be read"):
         list(TarShards(f"pipe:cat {path}").open(0))
     with pytest.raises(DataError, match="can't be read"):
         list(TarShards(f"pipe:cat {path}.gone").open(0))
+
+
+def test_a_shard_that_is_cut_between_two_members_does_not_count_as_whole(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [(str(n), {"jpg": jpeg_bytes(n), "txt": b"t"}) for n in range(3)])
+    second = next(Address(*sample.members["jpg"]) for sample in samples_of(path) if sample.key == "2")
+    path.write_bytes(path.read_bytes()[: second.offset - 512])
+    piece = TarShards(str(path)).open(0)
+    assert [item.key for item in piece] == ["0"] and "cut off after member 1.txt" in str(piece.damage)
+
+
+def test_a_name_that_comes_twice_does_not_cost_the_rest_of_the_shard(tmp_path: Path) -> None:
+    twice = [("0", {"jpg": jpeg_bytes(0)}), ("0", {"jpg": jpeg_bytes(1)}), ("1", {"jpg": jpeg_bytes(2)})]
+    piece = TarShards(str(write_shard(tmp_path / "a.tar", twice))).open(0)
+    assert [item.key for item in piece] == ["0", "1"] and piece.damage is None
+
+
+def test_what_is_known_of_a_picture_goes_on_into_the_output(tmp_path: Path) -> None:
+    about = {"caption": "c", "image_id": 7, "group": "g", "url": "u", "source": "web site"}
+    write_shard(tmp_path / "web/0.tar", [("0", {"jpg": jpeg_bytes(0), "json": json.dumps(about).encode()})])
+    for shards in ("{}", "pipe:cat {}"):
+        out = tmp_path / f"out{len(shards)}"
+        capfilt("--shards", shards.format(tmp_path / "web/0.tar"), *MODELS, "--out", str(out))
+        written = read_shard(out / "000000.tar")["0"]
+        assert (written["image_id"], written["group"], written["url"]) == (7, "g", "u")
+        assert "caption" not in written and set(written["source"]) <= {"web", "synthetic"}
 
 
 def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> None:
@@ -164,6 +190,8 @@ def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> Non
     assert found[0].captions == ["row 0 caption 0", "row 0 caption 1"]
     assert found[4].about == {"image": "4.jpg", "image_id": 7} and found[4].key == "000000004"
     assert found[5].problem is None and found[5].captions == []
+    source.records = [source.records[0]._replace(group="g")]  # type: ignore[assignment]
+    assert source.item(0).about == {"image": "0.jpg", "image_id": 7, "group": "g"}
     assert found[6].problem == "no such file"
 
 
