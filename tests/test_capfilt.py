@@ -21,6 +21,7 @@ from capfilt_helpers import (
 from data_helpers import make_jsonl, save_picture
 from PIL import Image
 
+from lavis_lite.capfilt.claims import Claims
 from lavis_lite.capfilt.inputs import ImageFolder, Item, TarShards
 from lavis_lite.capfilt.selection import candidates, ranked
 from lavis_lite.capfilt.settings import load_settings, parse_model
@@ -332,6 +333,56 @@ def test_another_job_in_the_same_folder_is_refused(
         with pytest.raises(SystemExit) as ended:
             capfilt(*arguments, *changed)
         assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_other_weights_or_annotations_under_the_same_name_are_another_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, weights = make_jsonl(tmp_path, 2), tmp_path / "model/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    models = ["--captioner", f"hf:{weights.parent}", "--ranker", "fake/crc", "--out", str(tmp_path / "out")]
+    images = ["--images", str(tmp_path / "images"), "--annotations", str(annotations)]
+    capfilt(*models, *images)
+    weights.write_bytes(b"other")
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*models, *images)
+    assert ended.value.code == 2 and "the captioner's weights are others" in capsys.readouterr().err
+    weights.write_bytes(b"first")
+    annotations.write_text(annotations.read_text().replace("caption 0", "words"))
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*models, *images)
+    assert ended.value.code == 2 and "the input is another" in capsys.readouterr().err
+
+
+def test_of_two_jobs_that_begin_in_one_folder_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--shards", web_shards(tmp_path / "web", 1, 3), *MODELS, "--out", str(tmp_path / "out")]
+    take, others = Claims.take, [["--keep", "1"]]
+
+    def late(claims: Claims, name: str) -> Any:
+        """Between the look for settings and the claim the other job writes its own."""
+        if name == "settings" and others:
+            capfilt(*arguments, *others.pop())
+        return take(claims, name)
+
+    monkeypatch.setattr(Claims, "take", late)
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*arguments)
+    assert ended.value.code == 2 and "keep was 1, now 2" in capsys.readouterr().err
+
+
+def test_a_restart_that_meets_a_bad_shard_first_counts_what_is_done(tmp_path: Path) -> None:
+    web_shards(tmp_path / "web", 1, 9)
+    bad, late = [("x", {"jpg": b"broken"}), ("y", {"jpg": b"broken"})], tmp_path / "late.tar"
+    pattern = f"{tmp_path}/web/00000.tar::pipe:cat {late}"
+    arguments = ["--shards", pattern, *MODELS, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        capfilt(*arguments)
+    write_shard(late, bad)
+    capfilt(*arguments)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["tally"]["unreadable"] == 3
 
 
 def test_presets_are_read_and_what_is_given_wins(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ class ImageFolder:
             "images": str(images),
             "annotations": str(annotations) if annotations else None,
             "rows": len(self.records),
+            "table": self.records.path.parent.name,  # another when the annotations change
             "shard_size": shard_size,
         }
 
@@ -158,7 +159,7 @@ class TarShards:
             raise DataError(
                 f"--shards '{pattern}': {len(missing)} of {len(self.urls)} shards are not there, e.g. '{missing[0]}'"
             )
-        self.about = {"shards": self.urls}
+        self.about = {"shards": self.urls, "caption_field": caption_field}
 
     def __len__(self) -> int:
         return len(self.urls)
