@@ -21,6 +21,7 @@ from capfilt_helpers import (
 from data_helpers import make_jsonl, save_picture
 from PIL import Image
 
+from lavis_lite.capfilt.claims import Claims
 from lavis_lite.capfilt.inputs import ImageFolder, Item, TarShards
 from lavis_lite.capfilt.selection import candidates, ranked
 from lavis_lite.capfilt.settings import load_settings, parse_model
@@ -29,6 +30,7 @@ from lavis_lite.capfilt.worker import uniform_draws
 from lavis_lite.cli import main
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_dataset_from_preset
+from lavis_lite.datasets.tar_members import Address, samples_of
 from lavis_lite.models.decoding import draw_from_nucleus
 
 
@@ -134,7 +136,7 @@ def test_captions_of_shards_are_found_where_they_usually_are(tmp_path: Path) -> 
     assert found[1].content == jpg and [item.problem is None for item in found] == [True] * 4 + [False] * 3
     problems = [str(item.problem) for item in found[4:]]
     assert "no picture among its members (txt)" in problems[0]
-    assert "json member is broken" in problems[1] and "not UTF-8 (byte 3)" in problems[2]
+    assert "broken json" in problems[1] and "not valid UTF-8 (byte 3)" in problems[2]
     url = items(TarShards(str(tmp_path / "a.tar"), caption_field="url"))[0]
     assert url.captions == ["u"]
 
@@ -146,11 +148,36 @@ def test_a_cut_shard_is_used_up_to_the_cut_and_a_cut_stream_is_not(tmp_path: Pat
     )
     path.write_bytes(path.read_bytes()[: size + 600])
     piece = TarShards(str(path)).open(0)
-    assert [item.key for item in piece] == ["0", "1"] and "unexpected end of data" in str(piece.damage)
+    assert [item.key for item in piece] == ["0", "1", "2"] and "ends within member 3.jpg" in str(piece.damage)
     with pytest.raises(DataError, match=r"broke off|can't be read"):
         list(TarShards(f"pipe:cat {path}").open(0))
     with pytest.raises(DataError, match="can't be read"):
         list(TarShards(f"pipe:cat {path}.gone").open(0))
+
+
+def test_a_shard_that_is_cut_between_two_members_does_not_count_as_whole(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [(str(n), {"jpg": jpeg_bytes(n), "txt": b"t"}) for n in range(3)])
+    second = next(Address(*sample.members["jpg"]) for sample in samples_of(path) if sample.key == "2")
+    path.write_bytes(path.read_bytes()[: second.offset - 512])
+    piece = TarShards(str(path)).open(0)
+    assert [item.key for item in piece] == ["0"] and "cut off after member 1.txt" in str(piece.damage)
+
+
+def test_a_name_that_comes_twice_does_not_cost_the_rest_of_the_shard(tmp_path: Path) -> None:
+    twice = [("0", {"jpg": jpeg_bytes(0)}), ("0", {"jpg": jpeg_bytes(1)}), ("1", {"jpg": jpeg_bytes(2)})]
+    piece = TarShards(str(write_shard(tmp_path / "a.tar", twice))).open(0)
+    assert [item.key for item in piece] == ["0", "1"] and piece.damage is None
+
+
+def test_what_is_known_of_a_picture_goes_on_into_the_output(tmp_path: Path) -> None:
+    about = {"caption": "c", "image_id": 7, "group": "g", "url": "u", "source": "web site"}
+    write_shard(tmp_path / "web/0.tar", [("0", {"jpg": jpeg_bytes(0), "json": json.dumps(about).encode()})])
+    for shards in ("{}", "pipe:cat {}"):
+        out = tmp_path / f"out{len(shards)}"
+        capfilt("--shards", shards.format(tmp_path / "web/0.tar"), *MODELS, "--out", str(out))
+        written = read_shard(out / "000000.tar")["0"]
+        assert (written["image_id"], written["group"], written["url"]) == (7, "g", "u")
+        assert "caption" not in written and set(written["source"]) <= {"web", "synthetic"}
 
 
 def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> None:
@@ -164,6 +191,8 @@ def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> Non
     assert found[0].captions == ["row 0 caption 0", "row 0 caption 1"]
     assert found[4].about == {"image": "4.jpg", "image_id": 7} and found[4].key == "000000004"
     assert found[5].problem is None and found[5].captions == []
+    source.records = [source.records[0]._replace(group="g")]  # type: ignore[assignment]
+    assert source.item(0).about == {"image": "0.jpg", "image_id": 7, "group": "g"}
     assert found[6].problem == "no such file"
 
 
@@ -304,6 +333,56 @@ def test_another_job_in_the_same_folder_is_refused(
         with pytest.raises(SystemExit) as ended:
             capfilt(*arguments, *changed)
         assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_other_weights_or_annotations_under_the_same_name_are_another_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, weights = make_jsonl(tmp_path, 2), tmp_path / "model/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    models = ["--captioner", f"hf:{weights.parent}", "--ranker", "fake/crc", "--out", str(tmp_path / "out")]
+    images = ["--images", str(tmp_path / "images"), "--annotations", str(annotations)]
+    capfilt(*models, *images)
+    weights.write_bytes(b"other")
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*models, *images)
+    assert ended.value.code == 2 and "the captioner's weights are others" in capsys.readouterr().err
+    weights.write_bytes(b"first")
+    annotations.write_text(annotations.read_text().replace("caption 0", "words"))
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*models, *images)
+    assert ended.value.code == 2 and "the input is another" in capsys.readouterr().err
+
+
+def test_of_two_jobs_that_begin_in_one_folder_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--shards", web_shards(tmp_path / "web", 1, 3), *MODELS, "--out", str(tmp_path / "out")]
+    take, others = Claims.take, [["--keep", "1"]]
+
+    def late(claims: Claims, name: str) -> Any:
+        """Between the look for settings and the claim the other job writes its own."""
+        if name == "settings" and others:
+            capfilt(*arguments, *others.pop())
+        return take(claims, name)
+
+    monkeypatch.setattr(Claims, "take", late)
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*arguments)
+    assert ended.value.code == 2 and "keep was 1, now 2" in capsys.readouterr().err
+
+
+def test_a_restart_that_meets_a_bad_shard_first_counts_what_is_done(tmp_path: Path) -> None:
+    web_shards(tmp_path / "web", 1, 9)
+    bad, late = [("x", {"jpg": b"broken"}), ("y", {"jpg": b"broken"})], tmp_path / "late.tar"
+    pattern = f"{tmp_path}/web/00000.tar::pipe:cat {late}"
+    arguments = ["--shards", pattern, *MODELS, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        capfilt(*arguments)
+    write_shard(late, bad)
+    capfilt(*arguments)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["tally"]["unreadable"] == 3
 
 
 def test_presets_are_read_and_what_is_given_wins(tmp_path: Path) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.datasets.readers import Fields, bad_text
+from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import RecordTable, Source, open_records
-from lavis_lite.datasets.shard_rows import CAPTION_NAMES, PICTURES
-from lavis_lite.datasets.shard_urls import is_local
+from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.shard_urls import is_local, is_local_tar
+from lavis_lite.datasets.tar_members import Sample, read_member, samples_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ImageFolder:
             "images": str(images),
             "annotations": str(annotations) if annotations else None,
             "rows": len(self.records),
+            "table": self.records.path.parent.name,  # another when the annotations change
             "shard_size": shard_size,
         }
 
@@ -116,9 +118,8 @@ class ImageFolder:
         if not record.image:
             return Item(key, f"row {row}", problem=record.problem)
         path = self.images / record.image
-        about: dict[str, Any] = {"image": record.image}
-        if record.image_id is not None:
-            about["image_id"] = record.image_id
+        known = {"image": record.image, "image_id": record.image_id, "group": record.group}
+        about = {name: value for name, value in known.items() if value is not None}
         try:
             return Item(key, str(path), path.read_bytes(), record.captions, about)
         except OSError as error:
@@ -150,7 +151,7 @@ class TarShards:
         from webdataset.shardlists import expand_urls
 
         self.urls: list[str] = list(expand_urls(pattern))
-        self.caption_field = caption_field
+        self.form = SampleForm(fields=Fields(caption=caption_field))
         if not self.urls:
             raise ConfigError(f"--shards '{pattern}' names no shard")
         missing = [url for url in self.urls if is_local(url) and not Path(url).is_file()]
@@ -158,7 +159,7 @@ class TarShards:
             raise DataError(
                 f"--shards '{pattern}': {len(missing)} of {len(self.urls)} shards are not there, e.g. '{missing[0]}'"
             )
-        self.about = {"shards": self.urls}
+        self.about = {"shards": self.urls, "caption_field": caption_field}
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -169,16 +170,50 @@ class TarShards:
 
     def open(self, number: int) -> Piece:
         """See `Inputs`."""
-        return _Tar(self.urls[number], self.caption_field)
+        url = self.urls[number]
+        return _LocalTar(url, self.form) if is_local_tar(url) else _Stream(url, self.form)
 
 
-class _Tar:
-    """A local shard that breaks off is damaged for good, and what came before is used; a stream that does may be
-    whole the next time, and nothing of it is."""
+class _LocalTar:
+    """A tar file, read as the shard datasets read it; where it breaks off it is damaged for good, and what came before
+    is used."""
 
-    def __init__(self, url: str, caption_field: str | None) -> None:
+    def __init__(self, path: str, form: SampleForm) -> None:
+        self.path = path
+        self.form = form
+        self.damage: str | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        try:
+            for sample in samples_of(Path(self.path)):
+                yield self._item(sample)
+        except UnreadableSample as error:
+            _raise_if_disk(error, self.path)
+            self.damage = error.reason
+        except OSError as error:
+            raise DataError(f"{self.path}: can't be read: {error.strerror or error}") from error
+
+    def _item(self, sample: Sample) -> Item:
+        def read(extension: str) -> bytes:
+            try:
+                return read_member(sample.members[extension])
+            except UnreadableSample as error:
+                _raise_if_disk(error, self.path)
+                raise
+
+        return _item(self.path, sample.key, sample.members, read, self.form)
+
+
+class _Stream:
+    """What can only be read from its beginning to its end: an address, a command, a compressed tar.
+
+    A compressed file that breaks off is damaged for good, and what came before is used; an address or a command that
+    does may be whole the next time, and nothing of it is.
+    """
+
+    def __init__(self, url: str, form: SampleForm) -> None:
         self.url = url
-        self.caption_field = caption_field
+        self.form = form
         self.damage: str | None = None
 
     def __iter__(self) -> Iterator[Item]:
@@ -208,35 +243,27 @@ class _Tar:
         return gopen(self.url)
 
     def _item(self, sample: Mapping[str, Any]) -> Item:
-        key = str(sample["__key__"])
-        name = f"{self.url}, {key}"
-        member = next((suffix for suffix in sample if suffix in PICTURES), None)
-        if member is None:
-            found = ", ".join(suffix for suffix in sample if not suffix.startswith("__"))
-            return Item(key, name, problem=f"no picture among its members ({found})")
-        try:
-            return Item(key, name, sample[member], _captions(sample, self.caption_field))
-        except ValueError as error:
-            return Item(key, name, problem=str(error))
+        members = {suffix: content for suffix, content in sample.items() if not suffix.startswith("__")}
+        return _item(self.url, str(sample["__key__"]), members, members.__getitem__, self.form)
 
 
-def _captions(sample: Mapping[str, Any], caption_field: str | None) -> list[str]:
-    """The web's captions of a sample; none where nothing is said. ValueError when they can't be read."""
-    if "json" in sample:
-        try:
-            about = json.loads(sample["json"])
-        except ValueError as error:
-            raise ValueError(f"its json member is broken: {error}") from error
-        names = (caption_field,) if caption_field else CAPTION_NAMES
-        found = next((about[name] for name in names if isinstance(about, dict) and about.get(name)), None)
-        if found is not None:
-            texts = [found] if isinstance(found, str) else found
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("its caption is neither text nor a list of texts")
-            return [text for text in texts if not bad_text(text)]
-    if "txt" in sample:
-        try:
-            return sample["txt"].decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"its txt member is not UTF-8 (byte {error.start})") from error
-    return []
+def _item(
+    shard: str, key: str, members: Mapping[str, Any], read: Callable[[str], bytes], form: SampleForm
+) -> Item:
+    """The picture of a sample; one without a caption is none the worse for it. read: as of `SampleForm.row`."""
+    name = f"{shard}, {key}"
+    picture = form.picture(members)
+    if picture is None:
+        return Item(key, name, problem=f"no picture among its members ({', '.join(members)})")
+    try:
+        captions, about = form.told(name, members, read)
+        return Item(key, name, read(picture), captions, about)
+    except UnreadableSample as error:
+        return Item(key, name, problem=error.reason)
+
+
+def _raise_if_disk(error: UnreadableSample, path: str) -> None:
+    """Raise DataError where the disk was at fault, not what is on it: another time it may read."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and not isinstance(cause, tarfile.TarError):
+        raise DataError(f"{path}: can't be read: {cause.strerror or cause}") from error

@@ -101,12 +101,12 @@ class PieceWriter:
     def add(self, item: Item, picture: Image.Image, scored: Sequence[Scored], keep: int) -> None:
         """Write a picture with its best captions."""
         kept = list(scored[:keep])
-        about = {
+        made = {
             "captions": [entry.text for entry in kept],
             "scores": [entry.score for entry in kept],
             "source": [entry.source for entry in kept],
-            **item.about,
         }
+        about = {**made, **item.about, **made}  # these first, and in the place of fields with their names
         line = json.dumps(about, ensure_ascii=False).encode()
         if self._tar is not None:
             self._tar.write({"__key__": item.key, "jpg": _jpeg(item.content or b"", picture), "json": line})

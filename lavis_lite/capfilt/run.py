@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lavis_lite.capfilt.output import Output, refused
 from lavis_lite.capfilt.rankers import build_ranker
 from lavis_lite.capfilt.settings import Settings, differences
 from lavis_lite.capfilt.summary import finish
+from lavis_lite.capfilt.weights import weights_of
 from lavis_lite.capfilt.worker import Job, Stopped, Worker
 from lavis_lite.common.device import choose_device, choose_precision
 from lavis_lite.common.errors import ConfigError
@@ -26,6 +29,7 @@ from lavis_lite.common.signals import StopSignals
 logger = get_logger(__name__)
 
 SETTINGS = "settings"
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,31 @@ def _agree(settings: Settings, inputs: Inputs, output: Output, claims: Claims) -
         "settings": asdict(settings),
         "inputs": inputs.about,
         "files": {"tars": output.tars, "annotations": output.annotations},
+        "weights": weights_of(settings),
     }
     while not path.is_file():
         claim = claims.take(SETTINGS)
-        if claim is not None:
-            try:
+        if claim is None:
+            time.sleep(POLL_SECONDS)
+            continue
+        try:
+            if not path.is_file():  # by the one who had the claim until a moment ago
                 atomic_write(path, json.dumps(mine, indent=1) + "\n")
-            finally:
-                claims.clear([SETTINGS])
+        finally:
+            claims.clear([SETTINGS])
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = differences(settings, before.get("settings", {}))
+    if not changed:
+        changed = _other_weights(mine["weights"], before.get("weights", {}))
     if not changed and before.get("inputs") != mine["inputs"]:
         changed = "the input is another"
     if not changed and before.get("files") != mine["files"]:
         changed = "--no-tars was given or not given before"
     if changed:
         raise ConfigError(f"--out '{output.folder}' holds another job: {changed}; choose another folder")
+
+
+def _other_weights(now: Mapping[str, str | None], before: Mapping[str, str | None]) -> str:
+    """Which models' weights differ, in words; weights that were or are not here say nothing."""
+    roles = [role for role in now if now[role] and before.get(role) and now[role] != before[role]]
+    return ", ".join(f"the {role}'s weights are others than they were" for role in roles)

@@ -22,6 +22,7 @@ from lavis_lite.capfilt.output import Output, PieceWriter, refused
 from lavis_lite.capfilt.rankers import Ranker
 from lavis_lite.capfilt.selection import candidates, ranked
 from lavis_lite.capfilt.settings import Settings
+from lavis_lite.capfilt.tally import Tally, added
 from lavis_lite.common.errors import DataError
 from lavis_lite.common.logging import duration, get_logger
 from lavis_lite.common.signals import StopSignals
@@ -89,7 +90,11 @@ class Worker:
         self.ranker = ranker
         self.claims = claims
         self.signals = signals
-        self.seen = self.bad = 0
+        # Of what is done already too: a restart that meets a bad shard first must judge as one that didn't stop.
+        done = added(
+            Tally(**manifest["tally"]) for manifest in map(job.output.manifest, job.names) if manifest
+        )
+        self.seen, self.bad = done.pictures + done.unreadable, done.unreadable
         self.failed: dict[str, str] = {}
         self._progress = _Progress(job)
         self._log = job.output.folder / "workers" / f"{claims.owner}.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,16 @@ def tensors_digest(tensors: Mapping[str, Tensor], length: int = 16) -> str:
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()[:length]
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """The checksum of a file's content, which is never in memory as a whole."""
+    state = hashlib.new(algorithm)
+    with path.open("rb") as file:
+        # hashlib.file_digest is there from Python 3.11 on.
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
 
 
 def _describe(thing: Any, outside: tuple[int, ...]) -> str:

@@ -46,32 +46,38 @@ class SampleForm:
                 image, problem=f"{place}: no .json or .txt among its members ({', '.join(extensions)})"
             )
         try:
-            about = _json(read("json"), place) if "json" in extensions else {}
-            captions = self._captions(about)
-            if captions is None and "txt" in extensions:
-                captions = _text(read("txt"), place).splitlines()
+            texts, about = self.told(place, extensions, read)
         except UnreadableSample as error:
             return Row(image, problem=f"{place}: {error.reason}")
-        return self._checked(image, place, about, captions)
-
-    def _captions(self, about: Mapping[str, Any]) -> Any:
-        names = (self.fields.caption,) if self.fields.caption else CAPTION_NAMES
-        return next((about[name] for name in names if about.get(name) is not None), None)
-
-    def _checked(self, image: str, place: str, about: Mapping[str, Any], captions: Any) -> Row:
         question = _question(about, place)
-        captions = [] if captions is None else [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-            return Row(
-                image, problem=f"{place}: captions must be text or a list of texts, got {captions!r:.60}"
-            )
-        if any(bad_text(text) for text in captions):
-            return Row(image, problem=f"{place}: a caption with a lone surrogate (broken UTF-16)")
-        texts = [text.strip() for text in captions if text.strip()]
         problem = None if texts or question else f"{place}: no caption in its .json or .txt"
         group = about.get(self.fields.group or "group")
         number = about.get(self.fields.image_id or "image_id")
         return Row(image, texts, number, problem, None if group in (None, "") else str(group), question)
+
+    def told(
+        self, place: str, extensions: Mapping[str, Any], read: Callable[[str], bytes]
+    ) -> tuple[list[str], dict[str, Any]]:
+        """A sample's captions, of which there may be none, and the fields of its .json that hold none.
+
+        Arguments as of `row`. Raises UnreadableSample for texts that are broken.
+        """
+        about = _json(read("json"), place) if "json" in extensions else {}
+        names = (self.fields.caption,) if self.fields.caption else CAPTION_NAMES
+        captions = next((about[name] for name in names if about.get(name) is not None), None)
+        if captions is None and "txt" in extensions:
+            captions = _text(read("txt"), place).splitlines()
+        rest = {name: value for name, value in about.items() if name not in names}
+        return _texts(captions, place), rest
+
+
+def _texts(captions: Any, place: str) -> list[str]:
+    captions = [] if captions is None else [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise UnreadableSample(place, f"captions must be text or a list of texts, got {captions!r:.60}")
+    if any(bad_text(text) for text in captions):
+        raise UnreadableSample(place, "a caption with a lone surrogate (broken UTF-16)")
+    return [text.strip() for text in captions if text.strip()]
 
 
 def _question(about: Mapping[str, Any], place: str) -> Asked | None:
