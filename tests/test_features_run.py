@@ -19,7 +19,7 @@ from data_helpers import warnings_logged
 from feature_world import PICTURE_BYTES, config, noise_pictures, project
 from runner_helpers import assert_same_bits, logged, run_ranks, start, wait_for, weights
 from stage1_helpers import TinyPatches
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_lite.cli import main
 from lavis_lite.common.config import Config
@@ -29,6 +29,7 @@ from lavis_lite.datasets.order import CHOICE, seed_of
 from lavis_lite.datasets.pictures import Pictures
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.runners import features, setup
+from lavis_lite.runners.resume import StartPoint
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.state import RunResult
 
@@ -315,6 +316,26 @@ def test_disk_space_is_estimated_and_asked_for(tmp_path: Path, monkeypatch: pyte
     assert len(files(tmp_path)) == 5
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     prepared(tmp_path, features=settings)  # nothing is missing, nothing is asked
+
+
+def test_only_the_encoder_is_on_the_device_when_features_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    move, make = nn.Module.to, setup.with_features
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        moved.extend(f"{type(module).__name__} to {a}" for a in args if isinstance(a, (torch.device, str)))
+        return move(module, *args, **kwargs)
+
+    def made(*args: Any) -> Any:
+        moved.append("features")
+        return make(*args)
+
+    monkeypatch.setattr(nn.Module, "to", noted)
+    monkeypatch.setattr(setup, "with_features", made)
+    setup.build_parts(config(tmp_path), StartPoint())
+    assert moved[:3] == ["VisionTower to cpu", "features", "VisionTower to cpu"]
 
 
 # What can't be stored

@@ -32,12 +32,14 @@ def features_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite 
 def _build(config: Config) -> None:
     from lavis_lite.common import dist
     from lavis_lite.runners.features import check_encoder, prepare
-    from lavis_lite.runners.setup import build_base, encoder_of
+    from lavis_lite.runners.setup import build_base, encoder_placed
 
     check_encoder(config)
     dist.init()
-    base = build_base(config, model_cfg=config.model)
-    for one, store in prepare(config, base.datasets, encoder_of(base)):
+    base = build_base(config, model_cfg=config.model, placed=False)
+    with encoder_placed(base) as encoder:
+        stored = prepare(config, base.datasets, encoder)
+    for one, store in stored:
         if dist.is_main():
             print(f"features of {one.label}: {store} in {store.folder}")
     dist.shutdown()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     # A checkpoint holds the weights that other runs once gave.
     model_cfg = without_sources(cfg.model) if resumed else cfg.model
     threads = state.num_threads if resumed else None
-    # The strategy moves the model: one that is sharded may be too large for one device. An encoder whose features are
-    # to be stored works before that.
-    base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=run.cache_features)
+    # The strategy moves the model: one that is sharded may be too large for one device.
+    base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=False)
     if run.cache_features:
-        base.datasets = with_features(cfg, base.datasets, encoder_of(base))
+        with encoder_placed(base) as encoder:
+            base.datasets = with_features(cfg, base.datasets, encoder)
     loader = build_loader(cfg, base.datasets)
     max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)
     if start.checkpoint is not None:
@@ -153,6 +154,17 @@ def encoder_of(base: Base) -> Encoder:
     """The model's frozen image encoder as training calls it; see `check_encoder`."""
     tower: VisionTower = base.model.visual_encoder  # type: ignore[assignment]  # of every model with such a section
     return Encoder(tower, base.device, base.precision, batch_size=base.eval_args.batch_size)
+
+
+@contextlib.contextmanager
+def encoder_placed(base: Base) -> Iterator[Encoder]:
+    """The image encoder of a model that is on the CPU, alone on the device meanwhile, and back on the CPU after it."""
+    encoder = encoder_of(base)
+    encoder.tower.to(base.device)
+    try:
+        yield encoder
+    finally:
+        encoder.tower.to("cpu")
 
 
 def build_loader(cfg: Config, datasets: Splits) -> TrainLoader:
