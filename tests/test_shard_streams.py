@@ -6,6 +6,7 @@ import functools
 import gzip
 import http.server
 import itertools
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -183,6 +184,14 @@ def test_nothing_readable_at_all_ends_the_run(pattern: str, tmp_path: Path) -> N
         DataError, match=r"dataset 'web': no usable sample at the beginning .*00000\.tar: empty file"
     ):
         build(pattern)
+
+
+def test_shards_with_nothing_in_them_end_the_run_with_a_reason(pattern: str, tmp_path: Path) -> None:
+    stream = build(pattern)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        tarfile.open(shard, "w").close()
+    with pytest.raises(DataError, match=r"\.tar: it has no sample"):
+        take(TrainLoader([stream], batch_size=4, max_bad_fraction=1.0), 1)
 
 
 def test_fewer_shards_than_readers_is_an_error_before_training(pattern: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,16 @@ def test_check_finds_nothing_in_whole_shards(
     assert "5 shards are too few for 6 readers" in capsys.readouterr().err
     assert check(f"pipe:cat {tmp_path}/out/{{00000..00004}}.tar") == 0
     assert "5 of 5 shards are whole: 23 samples, 46 captions" in capsys.readouterr().out
+
+
+def test_check_takes_names_that_begin_with_a_dot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:  # as `tar -C dir .` names them
+        for number in range(2):
+            for extension, content in sample(number).items():
+                info = tarfile.TarInfo(f"./{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert check(f"{tmp_path}/00000.tar") == 0, capsys.readouterr().out
 
 
 def test_check_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

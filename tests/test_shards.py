@@ -21,6 +21,7 @@ from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.datasets.order import mixed
 from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.shard_urls import expand
 from lavis_lite.datasets.shards import index_path, read_index, rows_of_shards, scan_shard, write_index
 from lavis_lite.datasets.tar_members import Address, read_member, samples_of, split_name
 
@@ -262,3 +263,28 @@ def test_shards_and_files_are_mixed_by_ratio(tmp_path: Path) -> None:
     drawn = [name for batch in batches for name in ids if ids[name] >= set(batch["image_id"].tolist())]
     expected = [names[number] for number, _ in itertools.islice(mixed([3, 1], seed=5), 24)]
     assert drawn == expected and {"web", "files"} == set(expected)
+
+
+def test_patterns_stand_for_the_same_shards_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "web[1]"  # glob takes it for web1
+    folder.mkdir()
+    for name in ("00.tar", "01.tar", "{x}.tar"):
+        (folder / name).touch()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("WEB", str(folder))
+    both = [str(folder / "00.tar"), str(folder / "01.tar")]
+    for pattern in (
+        "{00..01}.tar",
+        "0*.tar",
+        "0?.tar",
+        "00.tar::01.tar",
+        "~/{00..01}.tar",
+        "$WEB/{00..01}.tar",
+    ):
+        assert expand(pattern, folder) == both, pattern
+    assert expand("{x}.tar", folder) == [str(folder / "{x}.tar")]
+    assert expand("9*.tar", folder) == [str(folder / "9*.tar")] and expand("9.tar") == ["9.tar"]
+    assert expand("pipe:cat ~/{0..1}.tar", folder) == ["pipe:cat ~/0.tar", "pipe:cat ~/1.tar"]
+    assert expand("https://x/{0..1}.tar::a.tar", folder)[1:] == ["https://x/1.tar", str(folder / "a.tar")]

@@ -15,7 +15,9 @@ from data_helpers import warnings_logged
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
+from lavis_lite.datasets.image_text import has_picture_files
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
+from lavis_lite.datasets.shard_writer import plan_of
 
 FRAMES = {"name": "blip_image_eval", "image_size": 8}
 VIS = {
@@ -40,6 +42,14 @@ def own_clips(root: Path, number: int = 3) -> list[dict[str, Any]]:
     for row in range(number):
         save_clip(root / "clips" / f"{row}.avi", frames=6 + row)
     return [{"video": f"{row}.avi", "caption": [f"clip {row}", f"film {row}"]} for row in range(number)]
+
+
+def test_clips_are_no_picture_files(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", own_clips(tmp_path, 1))
+    data = build(tmp_path, annotations="rows.jsonl", images="clips")
+    assert not has_picture_files(data)
+    with pytest.raises(ConfigError, match=r"\(ClipDataset\) has no picture files to write"):
+        plan_of(data, split="train", samples_per_shard=3, shuffle=None)
 
 
 # --- one's own ----------------------------------------------------------------------------------------------

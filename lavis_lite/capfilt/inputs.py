@@ -14,7 +14,7 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import RecordTable, Source, open_records
 from lavis_lite.datasets.shard_rows import SampleForm
-from lavis_lite.datasets.shard_urls import is_local, is_local_tar
+from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
 from lavis_lite.datasets.tar_members import Sample, read_member, samples_of
 
 
@@ -142,18 +142,14 @@ class _Rows:
 class TarShards:
     """Shards in webdataset's layout; a piece is one of them.
 
-    pattern: paths, with {000..123} and several joined by ::, pipe: commands and http(s) addresses among them.
+    pattern: paths, with {000..123}, * and ~ and several joined by ::, pipe: commands and http(s) addresses among them.
     caption_field: of the json member; by default captions, caption or text, and else the txt member, of which each
         line is one.
     """
 
     def __init__(self, pattern: str, *, caption_field: str | None = None) -> None:
-        from webdataset.shardlists import expand_urls
-
-        self.urls: list[str] = list(expand_urls(pattern))
+        self.urls = expand(pattern)
         self.form = SampleForm(fields=Fields(caption=caption_field))
-        if not self.urls:
-            raise ConfigError(f"--shards '{pattern}' names no shard")
         missing = [url for url in self.urls if is_local(url) and not Path(url).is_file()]
         if missing:
             raise DataError(

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from lavis_lite.capfilt.inputs import Item
 from lavis_lite.capfilt.selection import Scored
 from lavis_lite.capfilt.tally import Tally
 from lavis_lite.common.errors import DataError
+from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import TEMPORARY, atomic_file, atomic_write
 
 # Equal work must give equal bytes, whenever it is done.
@@ -138,17 +138,8 @@ def _jpeg(content: bytes, picture: Image.Image) -> bytes:
 
 def _described(handle: IO[bytes]) -> dict[str, Any]:
     handle.flush()
-    with open(handle.name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": Path(handle.name).stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(file: IO[bytes]) -> Any:
-    """`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    path = Path(handle.name)
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def refused(error: OSError, folder: Path, done: int) -> DataError:

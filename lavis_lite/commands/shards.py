@@ -109,14 +109,13 @@ def _reports(
 ) -> Iterator[Report]:
     from lavis_lite.common.errors import DataError
     from lavis_lite.datasets.shard_check import check_shards, check_streams
-    from lavis_lite.datasets.shard_urls import expand_braces, find_local, is_local_tar
+    from lavis_lite.datasets.shard_urls import expand, is_local_tar
 
     for pattern in patterns:
-        names = expand_braces(pattern)
-        if not is_local_tar(pattern):
-            yield from check_streams(names, form)
+        found = expand(pattern)
+        if not all(map(is_local_tar, found)):
+            yield from check_streams(found, form)
             continue
-        found = [path for name in names for path in (find_local(Path(), name) or [name])]
         if not any(Path(path).is_file() for path in found):
             raise DataError(f"no shard '{pattern}'")
         yield from check_shards(found, form, deep=deep, workers=workers)

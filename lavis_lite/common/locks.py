@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lavis_lite.common.logging import get_logger
@@ -11,9 +12,23 @@ from lavis_lite.common.logging import get_logger
 logger = get_logger(__name__)
 
 
+# Between two looks whether a lock is free, where there is something to do meanwhile.
+POLL_SECONDS = 5.0
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
-def locked(path: str | Path, *, what: str) -> Iterator[None]:
+def locked(
+    path: str | Path, *, what: str, wait: bool = True, meanwhile: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Hold the lock of a file within the block; while another process holds it, say so (`what`) and wait.
+
+    Args:
+        wait: False: raise Busy instead.
+        meanwhile: called every few seconds of waiting.
 
     The system releases it when its process ends, however that ends. Nothing is locked where the system has no such
     locks (Windows), or in a folder that this process may only read.
@@ -25,10 +40,21 @@ def locked(path: str | Path, *, what: str) -> Iterator[None]:
     except (ImportError, PermissionError):
         yield
         return
-    with file:
+
+    def take(blocking: bool) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
         except BlockingIOError:
+            return False
+        return True
+
+    with file:
+        if not take(blocking=False):
+            if not wait:
+                raise Busy(f"another process {what}")
             logger.info("waiting for another process that %s", what)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not take(blocking=meanwhile is None):
+                if meanwhile is not None:
+                    meanwhile()
+                    time.sleep(POLL_SECONDS)
         yield

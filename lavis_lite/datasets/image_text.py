@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from PIL import Image
@@ -168,6 +168,11 @@ class ImageTextDataset:
 
     def _image_id(self, index: int, record: Record) -> int:
         return public_image_id(self._salt, index, record.image_id)
+
+
+def has_picture_files(dataset: Any) -> TypeGuard[ImageTextDataset]:
+    """Whether a dataset's rows are picture files (or members of local shards), and not clips, streams or made up."""
+    return isinstance(dataset, ImageTextDataset) and dataset.visual == ImageTextDataset.visual
 
 
 def public_image_id(salt: int, index: int, declared: int | None) -> int:

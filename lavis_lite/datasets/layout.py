@@ -10,7 +10,7 @@ from typing import Any
 from lavis_lite.common.config import PRESETS, read_yaml
 from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.datasets.builders import SPLITS, build_datasets
-from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.named import only_split
 from lavis_lite.datasets.tar_members import Address
 
@@ -25,7 +25,7 @@ class SplitLayout:
 
     problem: why it can't be read at all. rows: found. exact, published: how many there should be, or were once; None
     where that isn't known. looked_for: rows whose picture was looked for. missing: paths of those that aren't there.
-    unusable: why rows can't be used, such as an empty caption.
+    unusable: why rows can't be used, such as an empty caption. files: what its rows show.
     """
 
     split: str
@@ -36,6 +36,7 @@ class SplitLayout:
     looked_for: int = 0
     missing: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    files: str = "pictures"
 
     @property
     def good(self) -> bool:
@@ -53,7 +54,7 @@ class SplitLayout:
         if self.published is not None:
             told.append(f"{self.rows / self.published:.0%} of the {self.published:,} published")
         there = self.looked_for - len(self.missing)
-        told.append(f"{there:,} of {self.looked_for:,} pictures looked for are there")
+        told.append(f"{there:,} of {self.looked_for:,} {self.files} looked for are there")
         lines = [f"{self.split}: {', '.join(told)}"]
         lines += [f"{self.split}: missing, for example {path}" for path in self.missing[:3]]
         if self.unusable:
@@ -84,6 +85,7 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
         else:
             found.rows = len(dataset)
             if isinstance(dataset, ImageTextDataset):
+                found.files = "pictures" if has_picture_files(dataset) else "clips"
                 _look_through(dataset, found, all_rows=all_rows)
         yield found
 

@@ -18,7 +18,7 @@ from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Record, RecordTable, Source
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_stream import ShardStream
-from lavis_lite.datasets.shard_urls import expand_braces, find_local, is_local, is_local_tar
+from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
 from lavis_lite.datasets.shards import ShardSource
 from lavis_lite.datasets.tar_members import Address, read_member
 from lavis_lite.datasets.vqa import QuestionDataset
@@ -164,31 +164,30 @@ class ShardBuilder(ImageTextBuilder):
         """The shards of a split: addresses as they are, local ones with the paths where they were found."""
         found: list[str] = []
         for pattern in config.patterns:
-            found += self._local(pattern, key) if is_local(pattern) else expand_braces(pattern)
+            found += self._local(pattern, key) if is_local(pattern) else expand(pattern)
         return list(dict.fromkeys(found))
 
     def _local(self, pattern: str, key: str) -> list[str]:
-        names = expand_braces(pattern)
-        folder = self._resolve_any(names, key)
-        found = [path for name in names for path in find_local(folder, name)]
-        missing = [name for name in names if not find_local(folder, name)]
+        shards = expand(pattern, self._resolve_any(pattern, key))
+        found = [shard for shard in shards if os.path.isfile(shard)]
+        missing = [shard for shard in shards if not os.path.isfile(shard)]
         if missing:
             logger.warning(
                 "dataset '%s': %d of %d shards are missing, for example %s",
                 self.name,
                 len(missing),
-                len(names),
-                folder / missing[0],
+                len(shards),
+                missing[0],
             )
         return found
 
-    def _resolve_any(self, names: Sequence[str], key: str) -> Path:
+    def _resolve_any(self, pattern: str, key: str) -> Path:
         """The folder below which any of the shards is; DataError when none is."""
         found = next(
-            (folder for folder in self.folders() if any(find_local(folder, name) for name in names)), None
+            (folder for folder in self.folders() if any(map(os.path.isfile, expand(pattern, folder)))), None
         )
         if found is None:
-            self.missing(names[0], "shard", key)
+            self.missing(expand(pattern)[0], "shard", key)
         return found
 
     def _probe(self, records: RecordTable, source: Source) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_stream import ShardStream
 from lavis_lite.datasets.shard_writer import read_folder_index
 from lavis_lite.datasets.shards import in_processes, read_index, scan_shard
-from lavis_lite.datasets.tar_members import Address
+from lavis_lite.datasets.tar_members import Address, split_name
 
 
 class Report(NamedTuple):
@@ -92,14 +92,15 @@ def _differs(shard: Path, samples: int, *, deep: bool) -> str | None:
     if (entry["nsamples"], entry["filesize"]) != (samples, size):
         told = f"{entry['nsamples']} samples, {entry['filesize']} bytes"
         return f"it has {samples} samples, {size} bytes; index.json says {told}"
-    if deep and hashlib.md5(shard.read_bytes()).hexdigest() != entry["md5sum"]:
+    if deep and file_digest(shard, "md5") != entry["md5sum"]:
         return "its checksum is not that of index.json"
     return None
 
 
 def _key(image: str) -> str:
     address = Address.parse(image)
-    return address.name.split(".")[0] if address else image
+    named = split_name(address.name) if address else None
+    return named[0] if named else image
 
 
 def _undecodable(shard: Path, image: str) -> list[str]:

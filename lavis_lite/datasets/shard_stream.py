@@ -246,8 +246,15 @@ class StreamReader:
                     self.position = place._replace(taken=number)
                     yield block, index
             if empty:
+                self._note_empty(start.epoch)
                 yield None
             start = Position(start.epoch + 1)
+
+    def _note_empty(self, epoch: int) -> None:
+        """An epoch without a sample has a reason, also where every shard is whole and has nothing in it."""
+        if not self._failures:
+            shards = self.stream.shards_of(epoch, seed=self.seed, reader=self.reader, readers=self.readers)
+            self._failures.append((self.stream.urls[shards[0]], "it has no sample"))
 
     def _blocks(self, start: Position) -> Iterator[tuple[Position, list[Raw]]]:
         """The blocks of an epoch from `start` on, each with the place where it begins."""

@@ -17,18 +17,30 @@ def is_local_tar(pattern: str) -> bool:
     return is_local(pattern) and pattern.endswith(".tar")
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """ "a/{00..02}.tar" -> a/00.tar, a/01.tar, a/02.tar; "~" and $VARIABLES are expanded in paths."""
+def expand(pattern: str, folder: Path = Path()) -> list[str]:
+    """The shards that a pattern stands for, in its order; local ones below `folder` unless their paths are absolute.
+
+    "a/{00..02}.tar" -> a/00.tar, a/01.tar, a/02.tar; several patterns are joined by "::". In local paths "~",
+    $VARIABLES, and *, ? and [ are expanded too; a path that none of the latter fits stays as it is, like one without
+    them that isn't there.
+    """
+    if is_local(pattern) and (folder / pattern).is_file():  # whatever signs are in its name
+        return [str(folder / pattern)]
+    return [path for one in pattern.split("::") for path in _expand_one(one, folder)]
+
+
+def _expand_one(pattern: str, folder: Path) -> list[str]:
     import webdataset as wds
 
-    pattern = os.path.expanduser(os.path.expandvars(pattern)) if is_local(pattern) else pattern
-    urls: list[str] = wds.SimpleShardList(pattern).urls
-    return urls
+    local = is_local(pattern)
+    pattern = os.path.expanduser(os.path.expandvars(pattern)) if local else pattern
+    names: list[str] = wds.SimpleShardList(pattern).urls
+    return [path for name in names for path in _expand_stars(folder, name)] if local else names
 
 
-def find_local(folder: Path, name: str) -> list[str]:
-    """The files that a name stands for, in alphabetical order; * and ? are expanded."""
-    path = str(folder / name)
-    if any(sign in name for sign in "*?["):
-        return sorted(glob.glob(path))
-    return [path] if os.path.isfile(path) else []
+def _expand_stars(folder: Path, name: str) -> list[str]:
+    path = folder / name
+    if path.is_file() or not any(sign in name for sign in "*?["):
+        return [str(path)]
+    found = glob.glob(os.path.join(glob.escape(str(folder)), name))
+    return sorted(str(Path(one)) for one in found) or [str(path)]

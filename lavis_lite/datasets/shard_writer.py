@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.images import SUFFIXES, read_bytes
 from lavis_lite.datasets.order import ORDER, permuted, seed_of
 from lavis_lite.datasets.records import Record
@@ -77,7 +77,7 @@ def plan_of(dataset: Any, *, split: str, samples_per_shard: int, shuffle: int | 
 
     Raises ConfigError for a dataset whose pictures are no files.
     """
-    if not isinstance(dataset, ImageTextDataset):
+    if not has_picture_files(dataset):
         raise ConfigError(
             f"dataset '{dataset.name}' ({type(dataset).__name__}) has no picture files to write; shards are made of "
             "datasets of files and of local shards"
@@ -155,8 +155,7 @@ def _write(dataset: ImageTextDataset, plan: Plan, out: Path, number: int) -> Wri
         _write_tar(dataset, plan.rows_of(number), shard, failures)
     rows = read_index(shard)
     samples = write_index(shard) if rows is None else len(rows)
-    content = shard.read_bytes()
-    return Written(shard.name, samples, len(content), hashlib.md5(content).hexdigest(), failures)
+    return Written(shard.name, samples, shard.stat().st_size, file_digest(shard, "md5"), failures)
 
 
 def _write_tar(

@@ -39,13 +39,13 @@ from lavis_lite.common.device import device_type_of
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.models.qformer_layers import EPS, QFormerLayer
 from lavis_lite.models.qformer_states import (
-    ImageFeatures,
     ImageKV,
     KeysValues,
     PairStart,
     QueryStates,
     RealTokens,
     Shares,
+    UnprojectedImages,
     rounded,
 )
 from lavis_lite.models.tokenizer import TextTokens
@@ -193,12 +193,12 @@ class QFormer(nn.Module):
         attentions = features.attentions
         return ImageKV(tuple(a.keys_values(features.embeds) if a is not None else None for a in attentions))
 
-    def _features(self, image_embeds: Tensor) -> ImageFeatures:
+    def _features(self, image_embeds: Tensor) -> UnprojectedImages:
         device = image_embeds.device.type
         if torch.is_autocast_enabled(device):
             # Once here, or each of the twelve projections would make and keep its own copy.
             image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
-        return ImageFeatures(image_embeds, tuple(layer.crossattention for layer in self.layers))
+        return UnprojectedImages(image_embeds, tuple(layer.crossattention for layer in self.layers))
 
     def encode_queries(self, query_tokens: Tensor, images: ImageKV | Tensor) -> QueryStates:
         """Queries [1, Q, D] look at each image, and at no text.

@@ -42,7 +42,7 @@ class ImageKV:
 
 
 @dataclass(frozen=True)
-class ImageFeatures:
+class UnprojectedImages:
     """Images that are looked at once: a block's keys and values are made when it asks for them and not kept.
 
     For 16 images at full size those of all blocks would be 150 MB, and to get so much fresh memory took 4% of greedy
@@ -64,7 +64,7 @@ class ImageFeatures:
 
 
 # Groups of images, each with how many rows one after the other look at an image of it.
-Shares = Sequence[tuple[ImageKV | ImageFeatures, int]]
+Shares = Sequence[tuple[ImageKV | UnprojectedImages, int]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.sizes import show_bytes
 from lavis_lite.datasets.feature_store import FeatureStore, StoredViews
-from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.loader import ReadCounter
 from lavis_lite.datasets.pictures import Pictures
 from lavis_lite.image_features import ImageFeatures
@@ -93,7 +93,7 @@ def _chosen(cfg: Config, datasets: Datasets) -> list[Chosen]:
     chosen = []
     for name, split in names:
         rows = datasets[name][split]
-        if not isinstance(rows, ImageTextDataset) or type(rows).load is not ImageTextDataset.load:
+        if not has_picture_files(rows) or type(rows).load is not ImageTextDataset.load:
             raise ConfigError(
                 f"run.cache_features: dataset '{name}' ({type(rows).__name__}) has no picture files whose features "
                 "could be stored; leave it out, or set run.cache_features=false"

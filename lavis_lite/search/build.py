@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lavis_lite.common import locks
 from lavis_lite.common.errors import DataError, InputError
 from lavis_lite.common.io import atomic_file, remove_leftovers
 from lavis_lite.common.logging import get_logger
@@ -176,17 +177,14 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """One process at a time changes an index; DataError for a second one. A killed process holds nothing."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
+    with contextlib.ExitStack() as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is changing the index '{root}'; wait for it to end") from error
+            lock.enter_context(
+                locks.locked(root / ".lock", what=f"is changing the index '{root}'", wait=False)
+            )
+        except locks.Busy as error:
+            raise DataError(f"{error}; wait for it to end") from error
         yield
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import DataError
+from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import atomic_write
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class FileSum:
     @classmethod
     def of(cls, root: Path, path: str) -> FileSum:
         """As the file is now."""
-        return cls(path, (root / path).stat().st_size, sha256_of(root / path))
+        return cls(path, (root / path).stat().st_size, file_digest(root / path))
 
     def check(self, root: Path, *, content: bool) -> None:
         """Raises DataError when the file is missing, of another size, or (`content`) of another checksum."""
@@ -47,7 +48,7 @@ class FileSum:
             raise DataError(
                 f"'{root}': corrupt index: {self.path} is of another size than it was; build it again"
             )
-        if content and sha256_of(file) != self.sha256:
+        if content and file_digest(file) != self.sha256:
             raise DataError(f"'{root}': corrupt index: {self.path} doesn't have its checksum; build it again")
 
 
@@ -157,16 +158,6 @@ def _parse(content: dict[str, Any]) -> Manifest:
 def fresh_name() -> str:
     """A name that no file of the index had before: what it names is never written to again."""
     return uuid.uuid4().hex[:12]
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        # hashlib.file_digest is there from Python 3.11 on.
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sum_of(content: Any) -> str:

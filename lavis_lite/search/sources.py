@@ -5,7 +5,6 @@ A picture's name is its path, or the address of a tar file's member (`tar_member
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from lavis_lite.common.errors import DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES
-from lavis_lite.datasets.shard_urls import expand_braces
+from lavis_lite.datasets.shard_urls import expand
 from lavis_lite.datasets.tar_members import Address, samples_of
 
 logger = get_logger(__name__)
@@ -29,11 +28,12 @@ def list_pictures(source: str | os.PathLike[str]) -> Iterator[str]:
     Names are absolute, in the order of folders and shards. Of a shard that breaks off the pictures before that
     are given, and a warning says where. Raises DataError when there is nothing.
     """
-    where = os.path.abspath(os.path.expanduser(os.fspath(source)))
+    pattern = os.fspath(source)
+    where = os.path.abspath(os.path.expanduser(os.path.expandvars(pattern)))
     if os.path.isdir(where):
         names = _of_folder(where)
     else:
-        shards = _expand(where)
+        shards = [os.path.abspath(shard) for shard in expand(pattern)]
         absent = [shard for shard in shards if not os.path.isfile(shard)]
         if absent or not shards:
             raise DataError(
@@ -74,10 +74,3 @@ def _of_tar(shard: str) -> Iterator[str]:
                     yield str(member)
     except UnreadableSample as error:
         logger.warning("%s: %s; the pictures before that are used", error.path, error.reason)
-
-
-def _expand(pattern: str) -> list[str]:
-    """The files of a brace or glob pattern, in order."""
-    if os.path.exists(pattern):
-        return [pattern]
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else expand_braces(pattern)
