@@ -95,6 +95,16 @@ def test_other_processes_texts_and_features_need_memory(stage1: Planner) -> None
     assert all(part.gradients >= part.gradients_whole for part in trained)  # DDP's buckets
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_stored_features_leave_the_encoder_s_weights(stage1: Planner, precision: str) -> None:
+    cfg = load_config(STAGE1, [f"run.features.precision={precision}"])
+    stored = Planner(cfg, replace(CPU, stored_features=True)).plan(8)
+    before, after = ({part.name: part for part in p.parts} for p in (stage1.plan(8), stored))
+    assert after["image encoder"].parameters == before["image encoder"].parameters
+    assert after["Q-Former"].activations == before["Q-Former"].activations
+    assert after["inputs"].activations < before["inputs"].activations
+
+
 def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
     four = Planner(stage1.cfg, replace(CPU, world_size=4))
     whole, sharded = four.plan(8), four.for_strategy("fsdp2").plan(8)

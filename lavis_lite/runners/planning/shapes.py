@@ -7,7 +7,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.image_features import DTYPES, FeaturePrecision, ImageFeatures
 from lavis_lite.models.base import BaseModel, without_sources
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.vision.tower import low_precision_layers
@@ -32,22 +33,34 @@ CHAT_TOKENS = 24  # what a chat template writes around a prompt, roughly
 
 @dataclass(frozen=True)
 class Shape:
-    """A model without storage. text_tokens: the length of every text of a batch. mode: what makes such tensors."""
+    """A model without storage. text_tokens: the length of every text of a batch. mode: what makes such tensors.
+
+    stored_tokens: P, where features of pictures are read from disk in the place of pictures, in that precision.
+    """
 
     model: Blip2Base
     mode: FakeTensorMode
     image_size: int
     text_tokens: int
+    stored_tokens: int | None = None
+    stored_precision: FeaturePrecision = "bf16"
 
     def samples(self, batch: int) -> dict[str, Any]:
         """A batch [B, 3, H, W] with texts of full length: the most that a batch can need."""
         with self.mode:
-            image = torch.empty(batch, 3, self.image_size, self.image_size)
+            image = self._images(batch)
         text = " ".join(["a"] * self.text_tokens)
         samples: dict[str, Any] = {"image": image, "text_input": [text] * batch}
         if getattr(self.model, "takes_questions", False):
             samples["text_output"] = ["a a"] * batch
         return samples
+
+    def _images(self, batch: int) -> Tensor | ImageFeatures:
+        if self.stored_tokens is None:
+            return torch.empty(batch, 3, self.image_size, self.image_size)
+        shape = (batch, self.stored_tokens, self.model.visual_encoder.num_features)
+        values = torch.empty(shape, dtype=DTYPES[self.stored_precision])
+        return ImageFeatures(values, torch.empty(*shape[:2], 1) if self.stored_precision == "int8" else None)
 
 
 def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features: bool = False) -> Shape:
@@ -55,7 +68,7 @@ def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features:
 
     Args:
         text_tokens: of every text; by default `max_txt_len`, the longest there can be.
-        stored_features: leave the image encoder out, its features being read from disk.
+        stored_features: the image encoder's features are read from disk; it stays, as validation needs it.
 
     Raises ConfigError for a model that isn't a BLIP-2, or one whose architecture isn't known offline.
     """
@@ -69,9 +82,10 @@ def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features:
     if hasattr(model, "language_model"):
         model.language_model.tokenizer = WordTokens(model.language_model.model.config)
     image_size = image_size_of(cfg, model)
-    if stored_features:
-        _leave_out_encoder(model, mode, image_size)
-    return Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len)
+    shape = Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len)
+    if not stored_features:
+        return shape
+    return replace(shape, stored_tokens=_tokens(shape), stored_precision=cfg.run.features.precision)
 
 
 @contextlib.contextmanager
@@ -126,23 +140,11 @@ def image_size_of(cfg: Config, model: Blip2Base) -> int:
     return size
 
 
-class StoredFeatures(nn.Module):
-    """In the place of a frozen encoder: features [B, P, D] in bfloat16, as they come from disk."""
-
-    def __init__(self, tokens: int, num_features: int) -> None:
-        super().__init__()
-        self.tokens, self.num_features = tokens, num_features
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, ...] -> [B, P, D]."""
-        return image.new_empty(image.shape[0], self.tokens, self.num_features, dtype=torch.bfloat16)
-
-
-def _leave_out_encoder(model: Blip2Base, mode: FakeTensorMode, image_size: int) -> None:
-    tower = model.visual_encoder
-    with mode:
-        features = tower(torch.empty(1, 3, image_size, image_size))
-    tower.encoder = StoredFeatures(features.shape[1], tower.num_features)
+def _tokens(shape: Shape) -> int:
+    """P of the encoder's features."""
+    with shape.mode:
+        features: Tensor = shape.model.visual_encoder(torch.empty(1, 3, shape.image_size, shape.image_size))
+    return features.shape[1]
 
 
 class WordTokens:
