@@ -25,6 +25,7 @@ from lavis_lite.image_features import DTYPES, FeaturePrecision, ImageFeatures
 from lavis_lite.models.base import BaseModel, without_sources
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.vision.tower import low_precision_layers
+from lavis_lite.processors.video import VideoProcessor
 
 # Tokenizers on the hub whose files a plan can do without, by the size of their vocabulary.
 VOCABULARIES = {"bert-base-uncased": 30522}
@@ -36,6 +37,7 @@ class Shape:
     """A model without storage. text_tokens: the length of every text of a batch. mode: what makes such tensors.
 
     stored_tokens: P, where features of pictures are read from disk in the place of pictures, in that precision.
+    frames: F, where rows are clips.
     """
 
     model: Blip2Base
@@ -44,20 +46,22 @@ class Shape:
     text_tokens: int
     stored_tokens: int | None = None
     stored_precision: FeaturePrecision = "bf16"
+    frames: int | None = None
 
     def samples(self, batch: int) -> dict[str, Any]:
-        """A batch [B, 3, H, W] with texts of full length: the most that a batch can need."""
+        """A batch [B, 3, H, W], of clips [B, F, 3, H, W], with texts of full length: the most that one can need."""
         with self.mode:
             image = self._images(batch)
         text = " ".join(["a"] * self.text_tokens)
-        samples: dict[str, Any] = {"image": image, "text_input": [text] * batch}
+        samples: dict[str, Any] = {"video" if self.frames else "image": image, "text_input": [text] * batch}
         if getattr(self.model, "takes_questions", False):
             samples["text_output"] = ["a a"] * batch
         return samples
 
     def _images(self, batch: int) -> Tensor | ImageFeatures:
         if self.stored_tokens is None:
-            return torch.empty(batch, 3, self.image_size, self.image_size)
+            clip = () if self.frames is None else (self.frames,)
+            return torch.empty(batch, *clip, 3, self.image_size, self.image_size)
         shape = (batch, self.stored_tokens, self.model.visual_encoder.num_features)
         values = torch.empty(shape, dtype=DTYPES[self.stored_precision])
         return ImageFeatures(values, torch.empty(*shape[:2], 1) if self.stored_precision == "int8" else None)
@@ -82,7 +86,7 @@ def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features:
     if hasattr(model, "language_model"):
         model.language_model.tokenizer = WordTokens(model.language_model.model.config)
     image_size = image_size_of(cfg, model)
-    shape = Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len)
+    shape = Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len, frames=frames_of(cfg))
     if not stored_features:
         return shape
     return replace(shape, stored_tokens=_tokens(shape), stored_precision=cfg.run.features.precision)
@@ -129,15 +133,34 @@ def _give_device(model: Blip2Base, mode: FakeTensorMode) -> None:
 
 def image_size_of(cfg: Config, model: Blip2Base) -> int:
     """The side of the pictures that the training split's processor gives, else what the encoder is built for."""
-    for section in cfg.datasets.values():
-        processor = (section.get("vis_processor") or {}).get("train") or {}
-        if isinstance(processor.get("image_size"), int):
-            return int(processor["image_size"])
+    for processor in _train_processors(cfg):
+        of_pictures = (processor.get("frames") or {}) if _is_of_clips(processor) else processor
+        if isinstance(of_pictures.get("image_size"), int):
+            return int(of_pictures["image_size"])
     size = (cfg.model.get("vision_encoder") or {}).get("image_size")
     size = getattr(model.visual_encoder.encoder, "image_size", None) if size is None else size
     if not isinstance(size, int):
         raise ConfigError("model.vision_encoder.image_size is missing: a plan needs the size of the pictures")
     return size
+
+
+def frames_of(cfg: Config) -> int | None:
+    """The largest number of frames of the clips that training reads; None where it reads pictures."""
+    default = inspect.signature(VideoProcessor).parameters["num_frames"].default
+    clips = [processor for processor in _train_processors(cfg) if _is_of_clips(processor)]
+    return max((int(processor.get("num_frames", default)) for processor in clips), default=None)
+
+
+def _is_of_clips(processor: Mapping[str, Any]) -> bool:
+    return processor.get("name") == "video"
+
+
+def _train_processors(cfg: Config) -> Iterator[Mapping[str, Any]]:
+    """The training split's sections vis_processor, the builders' own where a dataset has none."""
+    for section in cfg.datasets.values():
+        builder = registry.get_builder_class(section["builder"])
+        own = section.get("vis_processor") or {}
+        yield own.get("train") or getattr(builder, "default_vis", {}).get("train") or {}
 
 
 def _tokens(shape: Shape) -> int:
