@@ -16,7 +16,7 @@ from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
-from lavis_lite.runners.planning.shapes import Shape, WordTokens, image_size_of, offline_section
+from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
 from lavis_lite.runners.planning.trace import Block, Book
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def kept_bytes(shape: Shape, batch: int) -> int:
         return tensor
 
     samples = shape.samples(batch)
-    samples["image"].normal_()
+    samples["video" if shape.frames else "image"].normal_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         shape.model(samples)["loss"]
     return sum(kept.values())
@@ -93,6 +93,35 @@ def test_other_processes_texts_and_features_need_memory(stage1: Planner) -> None
     assert four.strategy == "ddp" and heads[1] > heads[0]
     trained = [part for part in four.parts if part.trained]
     assert all(part.gradients >= part.gradients_whole for part in trained)  # DDP's buckets
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_stored_features_leave_the_encoder_s_weights(stage1: Planner, precision: str) -> None:
+    cfg = load_config(STAGE1, [f"run.features.precision={precision}"])
+    stored = Planner(cfg, replace(CPU, stored_features=True)).plan(8)
+    before, after = ({part.name: part for part in p.parts} for p in (stage1.plan(8), stored))
+    assert after["image encoder"].parameters == before["image encoder"].parameters
+    assert after["Q-Former"].activations == before["Q-Former"].activations
+    assert after["inputs"].activations < before["inputs"].activations
+
+
+def test_every_frame_of_a_clip_is_planned() -> None:
+    cfg = load_config(REPOSITORY / "projects/blip2/video_ft.yaml")
+    planner = Planner(cfg, CPU)
+    with planner.shape.mode:
+        assert planner.shape.samples(2)["video"].shape == (2, 4, 3, 64, 64)
+    planned = sum(part.activations for part in planner.plan(8).parts)
+    shape = replace(real_shape(cfg), frames=4)
+    assert kept_bytes(shape, 8) * 0.97 < planned < kept_bytes(shape, 8) * 1.25
+
+
+def test_clips_without_a_processor_have_their_builder_s_frames() -> None:
+    cfg = load_config(REPOSITORY / "projects/blip2/video_ft.yaml")
+    own = {"builder": "video_vqa", "vis_processor": {"train": {"name": "video", "num_frames": 5}}}
+    assert frames_of(replace(cfg, datasets={"clips": {"builder": "video_vqa"}})) == 8
+    assert frames_of(replace(cfg, datasets={"clips": {"builder": "video_vqa"}, "own": own})) == 8
+    assert frames_of(replace(cfg, datasets={"own": own})) == 5
+    assert frames_of(load_config(STAGE1)) is None
 
 
 def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:

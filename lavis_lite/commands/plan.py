@@ -81,7 +81,7 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
         strategy=args.strategy or config.run.strategy,
         precision=planned,
         text_tokens=args.text_tokens,
-        stored_features=bool(getattr(config.run, "cache_features", False)),
+        stored_features=config.run.cache_features,
     )
 
 

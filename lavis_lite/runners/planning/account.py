@@ -58,7 +58,8 @@ class Target:
     """What the run is to fit into: one process's memory, in bytes.
 
     device_type: cpu or cuda. limit: None for no limit. runtime: what a process holds besides tensors. text_tokens: of
-    every text, None for the longest. stored_features: the frozen encoder's features are read from disk.
+    every text, None for the longest. stored_features: the frozen encoder's features are read from disk,
+    while it stays for validation.
     """
 
     device_type: str

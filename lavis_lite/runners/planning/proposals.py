@@ -130,9 +130,9 @@ def _planner(load: Load, planner: Planner, settings: Sequence[_Setting]) -> Plan
     options: list[str] = []
     for setting in settings:
         target = setting.target(target)
-        # Stored features are not an option that every version's configuration knows.
-        options += [option for option in setting.options if not option.startswith("run.cache_features")]
-    if all(option.startswith("run.strategy") for option in options) and not target.stored_features:
+        options += setting.options
+    same_shapes = target.stored_features == planner.target.stored_features
+    if same_shapes and all(option.startswith("run.strategy") for option in options):
         return planner.for_strategy(target.strategy)
     return Planner(load(options), target)
 

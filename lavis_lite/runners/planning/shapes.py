@@ -7,7 +7,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.image_features import DTYPES, FeaturePrecision, ImageFeatures
 from lavis_lite.models.base import BaseModel, without_sources
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.vision.tower import low_precision_layers
+from lavis_lite.processors.video import VideoProcessor
 
 # Tokenizers on the hub whose files a plan can do without, by the size of their vocabulary.
 VOCABULARIES = {"bert-base-uncased": 30522}
@@ -32,22 +34,37 @@ CHAT_TOKENS = 24  # what a chat template writes around a prompt, roughly
 
 @dataclass(frozen=True)
 class Shape:
-    """A model without storage. text_tokens: the length of every text of a batch. mode: what makes such tensors."""
+    """A model without storage. text_tokens: the length of every text of a batch. mode: what makes such tensors.
+
+    stored_tokens: P, where features of pictures are read from disk in the place of pictures, in that precision.
+    frames: F, where rows are clips.
+    """
 
     model: Blip2Base
     mode: FakeTensorMode
     image_size: int
     text_tokens: int
+    stored_tokens: int | None = None
+    stored_precision: FeaturePrecision = "bf16"
+    frames: int | None = None
 
     def samples(self, batch: int) -> dict[str, Any]:
-        """A batch [B, 3, H, W] with texts of full length: the most that a batch can need."""
+        """A batch [B, 3, H, W], of clips [B, F, 3, H, W], with texts of full length: the most that one can need."""
         with self.mode:
-            image = torch.empty(batch, 3, self.image_size, self.image_size)
+            image = self._images(batch)
         text = " ".join(["a"] * self.text_tokens)
-        samples: dict[str, Any] = {"image": image, "text_input": [text] * batch}
+        samples: dict[str, Any] = {"video" if self.frames else "image": image, "text_input": [text] * batch}
         if getattr(self.model, "takes_questions", False):
             samples["text_output"] = ["a a"] * batch
         return samples
+
+    def _images(self, batch: int) -> Tensor | ImageFeatures:
+        if self.stored_tokens is None:
+            clip = () if self.frames is None else (self.frames,)
+            return torch.empty(batch, *clip, 3, self.image_size, self.image_size)
+        shape = (batch, self.stored_tokens, self.model.visual_encoder.num_features)
+        values = torch.empty(shape, dtype=DTYPES[self.stored_precision])
+        return ImageFeatures(values, torch.empty(*shape[:2], 1) if self.stored_precision == "int8" else None)
 
 
 def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features: bool = False) -> Shape:
@@ -55,7 +72,7 @@ def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features:
 
     Args:
         text_tokens: of every text; by default `max_txt_len`, the longest there can be.
-        stored_features: leave the image encoder out, its features being read from disk.
+        stored_features: the image encoder's features are read from disk; it stays, as validation needs it.
 
     Raises ConfigError for a model that isn't a BLIP-2, or one whose architecture isn't known offline.
     """
@@ -69,9 +86,10 @@ def build_shape(cfg: Config, *, text_tokens: int | None = None, stored_features:
     if hasattr(model, "language_model"):
         model.language_model.tokenizer = WordTokens(model.language_model.model.config)
     image_size = image_size_of(cfg, model)
-    if stored_features:
-        _leave_out_encoder(model, mode, image_size)
-    return Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len)
+    shape = Shape(model.train(), mode, image_size, text_tokens or model.max_txt_len, frames=frames_of(cfg))
+    if not stored_features:
+        return shape
+    return replace(shape, stored_tokens=_tokens(shape), stored_precision=cfg.run.features.precision)
 
 
 @contextlib.contextmanager
@@ -115,10 +133,10 @@ def _give_device(model: Blip2Base, mode: FakeTensorMode) -> None:
 
 def image_size_of(cfg: Config, model: Blip2Base) -> int:
     """The side of the pictures that the training split's processor gives, else what the encoder is built for."""
-    for section in cfg.datasets.values():
-        processor = (section.get("vis_processor") or {}).get("train") or {}
-        if isinstance(processor.get("image_size"), int):
-            return int(processor["image_size"])
+    for processor in _train_processors(cfg):
+        of_pictures = (processor.get("frames") or {}) if _is_of_clips(processor) else processor
+        if isinstance(of_pictures.get("image_size"), int):
+            return int(of_pictures["image_size"])
     size = (cfg.model.get("vision_encoder") or {}).get("image_size")
     size = getattr(model.visual_encoder.encoder, "image_size", None) if size is None else size
     if not isinstance(size, int):
@@ -126,23 +144,30 @@ def image_size_of(cfg: Config, model: Blip2Base) -> int:
     return size
 
 
-class StoredFeatures(nn.Module):
-    """In the place of a frozen encoder: features [B, P, D] in bfloat16, as they come from disk."""
-
-    def __init__(self, tokens: int, num_features: int) -> None:
-        super().__init__()
-        self.tokens, self.num_features = tokens, num_features
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, ...] -> [B, P, D]."""
-        return image.new_empty(image.shape[0], self.tokens, self.num_features, dtype=torch.bfloat16)
+def frames_of(cfg: Config) -> int | None:
+    """The largest number of frames of the clips that training reads; None where it reads pictures."""
+    default = inspect.signature(VideoProcessor).parameters["num_frames"].default
+    clips = [processor for processor in _train_processors(cfg) if _is_of_clips(processor)]
+    return max((int(processor.get("num_frames", default)) for processor in clips), default=None)
 
 
-def _leave_out_encoder(model: Blip2Base, mode: FakeTensorMode, image_size: int) -> None:
-    tower = model.visual_encoder
-    with mode:
-        features = tower(torch.empty(1, 3, image_size, image_size))
-    tower.encoder = StoredFeatures(features.shape[1], tower.num_features)
+def _is_of_clips(processor: Mapping[str, Any]) -> bool:
+    return processor.get("name") == "video"
+
+
+def _train_processors(cfg: Config) -> Iterator[Mapping[str, Any]]:
+    """The training split's sections vis_processor, the builders' own where a dataset has none."""
+    for section in cfg.datasets.values():
+        builder = registry.get_builder_class(section["builder"])
+        own = section.get("vis_processor") or {}
+        yield own.get("train") or getattr(builder, "default_vis", {}).get("train") or {}
+
+
+def _tokens(shape: Shape) -> int:
+    """P of the encoder's features."""
+    with shape.mode:
+        features: Tensor = shape.model.visual_encoder(torch.empty(1, 3, shape.image_size, shape.image_size))
+    return features.shape[1]
 
 
 class WordTokens:
