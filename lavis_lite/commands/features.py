@@ -35,7 +35,7 @@ def _build(config: Config) -> None:
     from lavis_lite.runners.setup import build_base, encoder_of
 
     check_encoder(config)
-    dist.init()
+    dist.init(config.run.timeout)
     base = build_base(config, model_cfg=config.model)
     for one, store in prepare(config, base.datasets, encoder_of(base)):
         if dist.is_main():
