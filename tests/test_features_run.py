@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from stage1_helpers import TinyPatches
 from torch import Tensor, nn
 
 from lavis_lite.cli import main
+from lavis_lite.common import locks
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets import feature_store
@@ -29,6 +31,7 @@ from lavis_lite.datasets.order import CHOICE, seed_of
 from lavis_lite.datasets.pictures import Pictures
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.runners import features, setup
+from lavis_lite.runners.feature_keys import LOCK
 from lavis_lite.runners.resume import StartPoint
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.state import RunResult
@@ -360,6 +363,40 @@ def test_models_without_encoder_and_rows_without_pictures_are_refused(tmp_path: 
 
 
 # Processes
+
+
+def test_the_main_rank_says_that_it_waits_for_another_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path)
+    train(cfg)
+    (folder,) = (tmp_path / "features").iterdir()
+    other, said = contextlib.ExitStack(), []
+    other.enter_context(locks.locked(folder / LOCK, what="stores features too"))
+
+    def broadcast(found: Any) -> Any:
+        said.append(found)
+        if len(said) == 3:
+            other.close()
+        return found
+
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(features.dist, "broadcast_object", broadcast)
+    base = setup.build_base(cfg, model_cfg=cfg.model)
+    assert features.prepare(cfg, base.datasets, setup.encoder_of(base))
+    assert said[:3] == [None] * 3 and len(said) == 4 and said[3] is not None
+
+
+@pytest.mark.slow
+def test_ranks_outwait_another_build_that_takes_longer_than_the_timeout(tmp_path: Path) -> None:
+    path = str(project(tmp_path, batch_size_eval=4))
+    main(["features", "build", "--cfg-path", path])
+    (folder,) = (tmp_path / "features").iterdir()
+    with contextlib.ExitStack() as other:
+        other.enter_context(locks.locked(folder / LOCK, what="stores features too"))
+        threading.Timer(35.0, other.close).start()
+        outputs = run_ranks([*BUILD, path, "--options", "run.timeout=0.2"], timeout=120.0)
+    assert "waiting for another process that stores features" in outputs[0]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def _build(config: Config) -> None:
     from lavis_lite.runners.setup import build_base, encoder_placed
 
     check_encoder(config)
-    dist.init()
+    dist.init(config.run.timeout)
     base = build_base(config, model_cfg=config.model, placed=False)
     with encoder_placed(base) as encoder:
         stored = prepare(config, base.datasets, encoder)

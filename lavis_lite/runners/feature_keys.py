@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,17 @@ class Chosen:
         return f"{self.name} {self.split}"
 
 
-def find_store(cfg: Config, one: Chosen, encoder: Encoder, locks: ExitStack) -> FeatureStore:
+def find_store(
+    cfg: Config,
+    one: Chosen,
+    encoder: Encoder,
+    locks: ExitStack,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> FeatureStore:
     """The store that a split's features belong into, complete or not; its folder made, and locked as long as `locks`.
+
+    meanwhile: see `locked`.
 
     Raises ConfigError for a folder that can't be made, DataError when no picture can be read.
     """
@@ -72,7 +81,7 @@ def find_store(cfg: Config, one: Chosen, encoder: Encoder, locks: ExitStack) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.features.folder: can't make '{folder}': {error.strerror}") from error
-    locks.enter_context(locked(folder / LOCK, what=f"stores features in {folder}"))
+    locks.enter_context(locked(folder / LOCK, what=f"stores features in {folder}", meanwhile=meanwhile))
     remove_leftovers(folder)
     layout = _read_layout(folder)
     if layout is None:

@@ -62,16 +62,16 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
     """Every split whose features the run stores, with its store, complete now; raises as `with_features`."""
     chosen, seed = _chosen(cfg, datasets), cfg.run.features.seed
     with ExitStack() as locks:
-        found = None
         if dist.is_main():
-            stores = [find_store(cfg, one, encoder, locks) for one in chosen]
+            stores = [find_store(cfg, one, encoder, locks, meanwhile=_still_waiting) for one in chosen]
             found = [
                 (store, _missing(store, one, encoder, seed=seed))
                 for one, store in zip(chosen, stores, strict=True)
             ]
             agree(cfg.run.features, found)
-        found = dist.broadcast_object(found)
-        assert found is not None
+            dist.broadcast_object(found)
+        else:
+            found = _found_by_main()
         for one, (store, missing) in zip(chosen, found, strict=True):
             mine = missing[dist.rank() :: dist.world_size()]
             if mine:
@@ -83,6 +83,18 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
         _check_complete(store)
         logger.info("features of %s: %s, %s in %s", one.label, store, show_bytes(store.size()), store.folder)
     return [(one, store) for one, (store, _) in zip(chosen, found, strict=True)]
+
+
+def _still_waiting() -> None:
+    """Tell the other ranks that the main one waits for another build: its hours must not count as run.timeout."""
+    dist.broadcast_object(None)
+
+
+def _found_by_main() -> list[tuple[FeatureStore, list[int]]]:
+    found: list[tuple[FeatureStore, list[int]]] | None = None
+    while found is None:
+        found = dist.broadcast_object(found)
+    return found
 
 
 def _chosen(cfg: Config, datasets: Datasets) -> list[Chosen]:

@@ -17,6 +17,7 @@ from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
+from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.yaml", "log.jsonl", "summary.json"
@@ -35,7 +36,10 @@ FREE_RUN_KEYS = (
     "tensorboard",
     "runner",
     "keep_last",
+    "timeout",
 )
+
+RUN_DEFAULTS = asdict(RunConfig())
 
 logger = get_logger(__name__)
 
@@ -189,5 +193,20 @@ def _finished_summary(cfg: Config, start: StartPoint) -> list[str] | None:
         content = json.loads(path.read_text())
     except ValueError:
         return None
-    same = content.get("step") == start.state.step and content.get("fingerprint") == fingerprint(cfg)
+    same = content.get("step") == start.state.step and _same_run(content.get("fingerprint"), fingerprint(cfg))
     return list(content["lines"]) if same else None
+
+
+def _same_run(saved: Any, now: str) -> bool:
+    """Whether two fingerprints are of one run; a setting that one of them doesn't know has its default there."""
+    try:
+        contents = [json.loads(text) for text in (saved, now)]
+        for content in contents:
+            content["run"] = {key: value for key, value in content["run"].items() if _tells(key, value)}
+    except (TypeError, ValueError, KeyError, AttributeError):  # another version's idea of a fingerprint
+        return False
+    return bool(contents[0] == contents[1])
+
+
+def _tells(key: str, value: Any) -> bool:
+    return key not in FREE_RUN_KEYS and value != RUN_DEFAULTS.get(key)

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Runner:
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
         dist.init(self.cfg.run.timeout)
-        with naming_lost_ranks(self._where):
+        with naming_lost_ranks(self._where), self._log_closed():
             if self._set_up():
                 with self.signals, self.progress:
                     if self._owes_evaluation():
@@ -92,6 +92,15 @@ class Runner:
         return self.parts.loader.batches(
             self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
         )
+
+    @contextmanager
+    def _log_closed(self) -> Iterator[None]:
+        """Afterwards, also after an error, the log is whole on the disk: a rank may end without another chance."""
+        try:
+            yield
+        finally:
+            if self.log_file is not None:
+                self.log_file.close()
 
     def _where(self) -> str:
         """Where the run is, for the message of one that can't go on."""
