@@ -137,11 +137,36 @@ def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
         four.for_strategy("zero9")
 
 
+def test_fsdp2_keeps_the_q_former_whole_through_a_step(stage1: Planner) -> None:
+    target = replace(CPU, world_size=4, strategy="fsdp2", precision="bf16")
+    plan = Planner(stage1.cfg, target).plan(8)
+    qformer = next(part for part in plan.parts if part.name == "Q-Former")
+    assert plan.gathered >= qformer.gradients_whole and plan.copies > 0
+    cfg = load_config(STAGE1, ["run.accum_grad_iters=2"])
+    accumulated = Planner(cfg, target).plan(8)
+    for part in accumulated.parts:
+        assert part.gradients >= part.gradients_whole
+
+
+def test_fairscale_shards_only_frozen_blocks_of_one_type_and_only_on_cuda() -> None:
+    target = replace(CPU, world_size=4, strategy="fairscale")
+    for precision, device_type, shared in (
+        ("fp32", "cuda", True),
+        ("fp32", "cpu", False),
+        ("bf16", "cuda", False),
+    ):
+        cfg = load_config(STAGE1, [f"model.vision_encoder.precision={precision}"])
+        planner = Planner(cfg, replace(target, device_type=device_type))
+        plan, whole = planner.plan(8), planner.for_strategy("ddp").plan(8)
+        assert (plan.parts[0].parameters < whole.parts[0].parameters) is shared, (precision, device_type)
+        assert (plan.gathered > 0) is shared
+
+
 def test_the_book_finds_the_peak_and_what_it_is_made_of() -> None:
     first, second = Block(10, "activation", "a"), Block(5, "gradient", "b")
     book = Book([(1, first), (1, second), (-1, first), (1, Block(7, "temporary", "a")), (-1, second)])
     assert book.peak() == (15, {("activation", "a"): 10, ("gradient", "b"): 5})
-    assert book.peak({"activation": 0.0}) == (12, {("gradient", "b"): 5, ("temporary", "a"): 7})
+    assert book.peak({("activation", "a"): 0.0}) == (12, {("gradient", "b"): 5, ("temporary", "a"): 7})
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1000, 90), (105, 0), (10**9, 10**8 - 10)])

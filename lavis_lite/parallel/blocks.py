@@ -26,3 +26,13 @@ def _are_blocks(members: list[nn.Module]) -> bool:
         return False
     has_forward = type(members[0]).forward is not nn.Module.forward
     return has_forward and all(any(True for _ in member.parameters()) for member in members)
+
+
+def frozen_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks whose frozen weights can be flattened into one: nothing trained, and one dtype."""
+    return [block for block in transformer_blocks(module) if _is_frozen_of_one_type(block)]
+
+
+def _is_frozen_of_one_type(block: nn.Module) -> bool:
+    parameters = list(block.parameters())
+    return len({p.dtype for p in parameters}) == 1 and not any(p.requires_grad for p in parameters)
