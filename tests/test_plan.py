@@ -15,6 +15,7 @@ from lavis_lite.commands.plan import parse_memory, plan_main
 from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
 from lavis_lite.runners.planning.trace import Block, Book
@@ -135,6 +136,18 @@ def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
     assert trained == {part.name: part.parameters for part in whole.parts if part.trained}
     with pytest.raises(ConfigError, match="no plan for 'zero9'; known: single, ddp"):
         four.for_strategy("zero9")
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(None, "ddp"), (10**11, "ddp"), (10**6, "fsdp2")])
+def test_auto_is_what_the_run_would_choose(stage1: Planner, limit: int | None, chosen: str) -> None:
+    four = Planner(stage1.cfg, replace(CPU, world_size=4, limit=limit))
+    assert four.strategy == chosen
+
+
+def test_processes_share_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 8000 kB\n")
+    cpu = torch.device("cpu")
+    assert process_memory(cpu, tmp_path / "meminfo", processes=8) == 1000 * 1024
 
 
 def test_fsdp2_keeps_the_q_former_whole_through_a_step(stage1: Planner) -> None:

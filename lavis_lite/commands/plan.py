@@ -57,9 +57,12 @@ def _print_plan(args: argparse.Namespace) -> None:
 
 
 def _target(args: argparse.Namespace, config: Config) -> Target:
+    import torch
+
     from lavis_lite.common.device import choose_precision
+    from lavis_lite.parallel.auto import process_memory
     from lavis_lite.runners.planning.account import Target
-    from lavis_lite.runners.planning.runtime import available_bytes, runtime_of
+    from lavis_lite.runners.planning.runtime import runtime_of
 
     for name, value in (("--world-size", args.world_size), ("--text-tokens", args.text_tokens)):
         if value is not None and value < 1:
@@ -67,15 +70,17 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     device_type = "cuda" if args.gpu_memory else "cpu"
     precision = config.run.precision
     if precision == "auto":
-        import torch
-
         # GPUs that are planned for today compute in bfloat16.
         planned = "bf16" if args.gpu_memory else choose_precision("auto", torch.device("cpu"))
     else:
         planned = precision
     return Target(
         device_type=device_type,
-        limit=parse_memory(args.gpu_memory) if args.gpu_memory else available_bytes(),
+        limit=(
+            parse_memory(args.gpu_memory)
+            if args.gpu_memory
+            else process_memory(torch.device("cpu"), processes=args.world_size)
+        ),
         runtime=runtime_of(device_type),
         world_size=args.world_size,
         strategy=args.strategy or config.run.strategy,

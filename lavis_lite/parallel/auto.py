@@ -29,11 +29,18 @@ def choose_strategy(name: str, model: nn.Module, device: torch.device) -> str:
     if dist.world_size() == 1:
         return "single"
     needed, there = state_bytes(model), process_memory(device)
-    chosen = "ddp" if there is None or needed <= SHARE_FOR_STATE * there else "fsdp2"
+    chosen = choose(needed, there, dist.world_size())
     # Machines may differ; strategies may not.
     chosen = "fsdp2" if "fsdp2" in dist.gather_objects(chosen) else "ddp"
     logger.info("strategy %s: %s", chosen, _reason(chosen, needed, there))
     return chosen
+
+
+def choose(needed: int, there: int | None, world_size: int) -> str:
+    """What `auto` is for a model whose state needs so many bytes, in processes that have `there` of them each."""
+    if world_size == 1:
+        return "single"
+    return "ddp" if there is None or needed <= SHARE_FOR_STATE * there else "fsdp2"
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -43,13 +50,18 @@ def state_bytes(model: nn.Module) -> int:
     return held + 3 * trained
 
 
-def process_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells."""
+def process_memory(
+    device: torch.device, meminfo: Path = Path("/proc/meminfo"), *, processes: int | None = None
+) -> int | None:
+    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells.
+
+    processes: that share the machine, by default those of the run.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world_size()
+        return int(lines["MemAvailable"].split()[0]) * 1024 // (processes or dist.local_world_size())
     except (OSError, KeyError, ValueError):
         return None
 

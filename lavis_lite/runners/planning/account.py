@@ -16,6 +16,8 @@ from torch.distributed import destroy_process_group, init_process_group
 from lavis_lite.common import optim
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.parallel.auto import choose, state_bytes
+from lavis_lite.parallel.base import AUTO
 from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
@@ -71,11 +73,12 @@ class Target:
     text_tokens: int | None = None
     stored_features: bool = False
 
-    def resolved_strategy(self) -> str:
-        """The strategy's name, `auto` being single or ddp. Raises ConfigError for one whose memory isn't known."""
-        name = self.strategy
-        if name == "auto":
-            name = "ddp" if self.world_size > 1 else "single"
+    def resolved_strategy(self, needed: int) -> str:
+        """The strategy's name, `auto` as a run chooses it for a model whose state takes so many bytes.
+
+        Raises ConfigError for one whose memory isn't known.
+        """
+        name = choose(needed, self.limit, self.world_size) if self.strategy == AUTO else self.strategy
         if name not in SHARDINGS:
             raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
         if name != "single" and self.world_size == 1:
@@ -144,11 +147,11 @@ class Planner:
 
     def __init__(self, cfg: Config, target: Target) -> None:
         self.cfg, self.target = cfg, target
-        self.strategy = target.resolved_strategy()
-        self.sharding = SHARDINGS[self.strategy]
         self.shape: Shape = build_shape(
             cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
         )
+        self.strategy = target.resolved_strategy(self._needed())
+        self.sharding = SHARDINGS[self.strategy]
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
 
@@ -156,9 +159,13 @@ class Planner:
         """The same shapes and traces under another strategy."""
         other = copy.copy(self)
         other.target = replace(self.target, strategy=strategy)
-        other.strategy = other.target.resolved_strategy()
+        other.strategy = other.target.resolved_strategy(self._needed())
         other.sharding = SHARDINGS[other.strategy]
         return other
+
+    def _needed(self) -> int:
+        """What `auto` looks at."""
+        return state_bytes(self.shape.model) - _saved_by_quantizing(self.shape.model, self.cfg)
 
     @property
     def gradients_stay(self) -> bool:

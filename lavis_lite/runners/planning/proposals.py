@@ -44,7 +44,7 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
         load: gives the configuration with more options laid over it.
     """
     found = []
-    for setting in _settings(planner.cfg, planner.target):
+    for setting in _settings(planner):
         changed = _planner(load, planner, [setting]).plan(plan.batch)
         if changed.total < plan.total:
             found.append((setting, Proposal(setting.options, plan.total - changed.total, setting.why)))
@@ -66,8 +66,9 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
     return Remedy(tuple(proposals), tuple(together), best)
 
 
-def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
+def _settings(planner: Planner) -> Iterator[_Setting]:
     """What this configuration has not chosen yet, in the order of what it costs."""
+    cfg, target = planner.cfg, planner.target
     model = cfg.model
     encoder, llm = model["vision_encoder"], model.get("language_model")
     low = "bf16"
@@ -81,7 +82,7 @@ def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
         yield _Setting((f"model.language_model.precision={low}",), "frozen weights in 16 bits")
     if target.world_size > 1:
         for name in ("fairscale", "fsdp2"):
-            if _saves_more(name, target.resolved_strategy()):
+            if _saves_more(name, planner.strategy):
                 yield _Setting(
                     (f"run.strategy={name}",),
                     "weights and optimiser spread over the processes, which exchange more",
