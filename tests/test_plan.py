@@ -17,6 +17,7 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
+from lavis_lite.runners.planning.proposals import propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
 from lavis_lite.runners.planning.trace import Block, Book
 
@@ -142,6 +143,18 @@ def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
 def test_auto_is_what_the_run_would_choose(stage1: Planner, limit: int | None, chosen: str) -> None:
     four = Planner(stage1.cfg, replace(CPU, world_size=4, limit=limit))
     assert four.strategy == chosen
+
+
+def test_sharding_and_quantizing_are_not_proposed_together() -> None:
+    options = ["model.language_model.quantize=none"]
+    path = REPOSITORY / "projects/blip2/caption_ft.yaml"
+    target = replace(CPU, device_type="cuda", world_size=2, strategy="ddp", limit=1)
+    planner = Planner(load_config(path, options), target)
+    remedy = propose(lambda more: load_config(path, [*options, *more]), planner, planner.plan(8))
+    assert not any("quantize" in option for option in remedy.together)
+    assert any("run.strategy" in option for option in remedy.together)
+    with pytest.raises(ConfigError, match="can't shard a quantized"):
+        Planner(load_config(path, ["model.language_model.quantize=int8"]), replace(target, strategy="fsdp2"))
 
 
 def test_processes_share_the_machine(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 
 AUTO = "auto"
+# Their blocks' weights are cut into parts, which those of bitsandbytes' layers can't be.
+CUTTING = ("fairscale", "fsdp2")
 
 
 class Strategy:
@@ -99,6 +101,20 @@ def clip_shards(
 def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     squares = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32).square().to(device) for g in grads]
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+
+
+def is_quantized(model_cfg: Mapping[str, Any]) -> bool:
+    """Whether a model section has a language model in 8 or 4 bits."""
+    return (model_cfg.get("language_model") or {}).get("quantize", "none") != "none"
+
+
+def check_quantized(name: str, *, quantized: bool) -> None:
+    """Raise ConfigError for a strategy that cuts a quantized language model into parts."""
+    if quantized and name in CUTTING:
+        raise ConfigError(
+            f"run.strategy: '{name}' can't shard a quantized language model; use ddp, or "
+            "model.language_model.quantize=none"
+        )
 
 
 def check_strategy(name: str) -> None:

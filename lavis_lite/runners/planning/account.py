@@ -17,7 +17,7 @@ from lavis_lite.common import optim
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel.auto import choose, state_bytes
-from lavis_lite.parallel.base import AUTO
+from lavis_lite.parallel.base import AUTO, check_quantized, is_quantized
 from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
@@ -73,16 +73,19 @@ class Target:
     text_tokens: int | None = None
     stored_features: bool = False
 
-    def resolved_strategy(self, needed: int) -> str:
+    def resolved_strategy(self, needed: int, *, quantized: bool = False) -> str:
         """The strategy's name, `auto` as a run chooses it for a model whose state takes so many bytes.
 
         Raises ConfigError for one whose memory isn't known.
         """
-        name = choose(needed, self.limit, self.world_size) if self.strategy == AUTO else self.strategy
+        name = self.strategy
+        if name == AUTO:
+            name = choose(needed, self.limit, self.world_size, quantized=quantized)
         if name not in SHARDINGS:
             raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
         if name != "single" and self.world_size == 1:
             raise ConfigError(f"run.strategy: '{name}' needs several processes: give --world-size")
+        check_quantized(name, quantized=quantized)
         return name
 
 
@@ -150,7 +153,7 @@ class Planner:
         self.shape: Shape = build_shape(
             cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
         )
-        self.strategy = target.resolved_strategy(self._needed())
+        self.strategy = target.resolved_strategy(self._needed(), quantized=is_quantized(cfg.model))
         self.sharding = SHARDINGS[self.strategy]
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
@@ -159,7 +162,9 @@ class Planner:
         """The same shapes and traces under another strategy."""
         other = copy.copy(self)
         other.target = replace(self.target, strategy=strategy)
-        other.strategy = other.target.resolved_strategy(self._needed())
+        other.strategy = other.target.resolved_strategy(
+            self._needed(), quantized=is_quantized(self.cfg.model)
+        )
         other.sharding = SHARDINGS[other.strategy]
         return other
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lavis_lite.common.config import Config
+from lavis_lite.parallel.base import CUTTING, is_quantized
 from lavis_lite.runners.planning.account import SHARDINGS, Plan, Planner, Target
 
 Load = Callable[[Sequence[str]], Config]
@@ -53,6 +54,8 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
     for setting, _ in found:
         if best.fits:
             break
+        if _exclude_each_other([*taken, setting]):
+            continue
         taken.append(setting)
         best = _planner(load, planner, taken).plan(plan.batch)
     proposals = [proposal for _, proposal in found]
@@ -80,7 +83,7 @@ def _settings(planner: Planner) -> Iterator[_Setting]:
         yield _Setting((f"model.vision_encoder.precision={low}",), "frozen weights in 16 bits")
     if llm and llm.get("precision", "auto") in ("fp32", "auto"):
         yield _Setting((f"model.language_model.precision={low}",), "frozen weights in 16 bits")
-    if target.world_size > 1:
+    if target.world_size > 1 and not is_quantized(model):
         for name in ("fairscale", "fsdp2"):
             if _saves_more(name, planner.strategy):
                 yield _Setting(
@@ -98,7 +101,8 @@ def _settings(planner: Planner) -> Iterator[_Setting]:
             ("model.language_model.grad_checkpointing=true",),
             "its forward is computed twice (+50% of its time)",
         )
-    if llm and llm.get("quantize", "none") == "none" and target.device_type == "cuda":
+    can_quantize = target.device_type == "cuda" and target.strategy not in CUTTING
+    if llm and not is_quantized(model) and can_quantize:
         yield _Setting(
             ("model.language_model.quantize=int8",), "the language model in 8 bits (extra `quantize`)"
         )
@@ -108,6 +112,12 @@ def _settings(planner: Planner) -> Iterator[_Setting]:
             "the frozen encoder's features are read from disk",
             lambda t: replace(t, stored_features=True),
         )
+
+
+def _exclude_each_other(settings: Sequence[_Setting]) -> bool:
+    """What is quantized can't be sharded."""
+    options = " ".join(option for setting in settings for option in setting.options)
+    return "run.strategy=" in options and "quantize=" in options
 
 
 def _saves_more(name: str, than: str) -> bool:
