@@ -15,6 +15,7 @@ from lavis_lite.commands.plan import parse_memory, plan_main
 from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.common.sizes import parse_bytes
 from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.proposals import propose
@@ -210,10 +211,26 @@ def test_the_largest_batch_is_tried_where_memory_grows_faster() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 2**30), ("1.5 GiB", 3 * 2**29), ("16g", 2**34), ("40000MB", 40000 * 2**20)],
+    [
+        ("24GB", 24 * 2**30),
+        ("1.5 GiB", 3 * 2**29),
+        ("16g", 2**34),
+        ("40000MB", 40000 * 2**20),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_of_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16g", 16 * 10**9), ("1TiB", 2**40), ("24 GB", 24 * 10**9), (7, 7)]
+)
+def test_other_sizes_have_the_same_names(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+    for wrong in ("lots", "1i", "1iB", "1Gi", "-1"):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            parse_bytes(wrong)
 
 
 def test_what_is_no_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
