@@ -134,13 +134,11 @@ def check_strategy(name: str) -> None:
 
 
 def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
-    """The strategy of that name with its options; `auto` as `auto.choose` has it for a model of no size.
+    """The strategy of that name, which isn't `auto` any more (`auto.choose_strategy`), with its options.
 
     Raises ConfigError when the strategy doesn't fit the number of processes, or has no such options.
     """
     check_strategy(name)
-    if name == AUTO:
-        name = "ddp" if dist.world_size() > 1 else "single"
     strategy_class = registry.get_strategy_class(name)
     strategy: Strategy = strategy_class(**bind(strategy_class, options, where="run.strategy_options"))
     return strategy
