@@ -34,6 +34,7 @@ from lavis_lite.common import dist, optim
 from lavis_lite.common.config import load_config
 from lavis_lite.common.device import autocast
 from lavis_lite.common.registry import registry
+from lavis_lite.parallel.auto import choose
 from lavis_lite.parallel.base import build_strategy
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.planning.runtime import resident_bytes
@@ -85,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = build(args.cfg_path, args.options, device)
     if args.compile:
         compile_blocks(shape.model, device)
-    wrapped = build_strategy("auto").wrap(shape.model, device).train()
+    wrapped = build_strategy(choose(0, None, dist.world_size())).wrap(shape.model, device).train()
     optimizer = optim.build_optimizer(optim.param_groups(shape.model, 0.05), (0.9, 0.98), device)
     samples = shape.samples(batch)
     samples["image"] = samples["image"].normal_().to(device)

@@ -13,6 +13,7 @@ from stage1_helpers import tiny_config, tiny_samples, write_tokenizer
 from torch import nn
 
 from lavis_lite.common.registry import registry
+from lavis_lite.parallel.blocks import compiled_blocks
 from lavis_lite.runners import compiling
 from lavis_lite.runners.runner import Runner
 
@@ -50,12 +51,12 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(stage: int, tmp_path
 
 def test_what_is_compiled_are_blocks_not_single_layers(tmp_path: Path) -> None:
     model = build(1, tmp_path)
-    blocks = compiling.blocks_of(model)
+    blocks = compiled_blocks(model)
     assert blocks and not any(isinstance(block, (nn.Linear, nn.LayerNorm)) for block in blocks)
     kinds = {type(block).__name__ for block in blocks}
     assert kinds == {"AddNorm", "Intermediate"}
     language_model = build(2, tmp_path).language_model
-    assert {type(block).__name__ for block in compiling.blocks_of(language_model)} == {"OPTDecoderLayer"}
+    assert {type(block).__name__ for block in compiled_blocks(language_model)} == {"OPTDecoderLayer"}
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(

@@ -15,7 +15,10 @@ from lavis_lite.commands.plan import parse_memory, plan_main
 from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.common.sizes import parse_bytes
+from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
+from lavis_lite.runners.planning.proposals import propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
 from lavis_lite.runners.planning.trace import Block, Book
 
@@ -137,11 +140,60 @@ def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
         four.for_strategy("zero9")
 
 
+@pytest.mark.parametrize(("limit", "chosen"), [(None, "ddp"), (10**11, "ddp"), (10**6, "fsdp2")])
+def test_auto_is_what_the_run_would_choose(stage1: Planner, limit: int | None, chosen: str) -> None:
+    four = Planner(stage1.cfg, replace(CPU, world_size=4, limit=limit))
+    assert four.strategy == chosen
+
+
+def test_sharding_and_quantizing_are_not_proposed_together() -> None:
+    options = ["model.language_model.quantize=none"]
+    path = REPOSITORY / "projects/blip2/caption_ft.yaml"
+    target = replace(CPU, device_type="cuda", world_size=2, strategy="ddp", limit=1)
+    planner = Planner(load_config(path, options), target)
+    remedy = propose(lambda more: load_config(path, [*options, *more]), planner, planner.plan(8))
+    assert not any("quantize" in option for option in remedy.together)
+    assert any("run.strategy" in option for option in remedy.together)
+    with pytest.raises(ConfigError, match="can't shard a quantized"):
+        Planner(load_config(path, ["model.language_model.quantize=int8"]), replace(target, strategy="fsdp2"))
+
+
+def test_processes_share_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 8000 kB\n")
+    cpu = torch.device("cpu")
+    assert process_memory(cpu, tmp_path / "meminfo", processes=8) == 1000 * 1024
+
+
+def test_fsdp2_keeps_the_q_former_whole_through_a_step(stage1: Planner) -> None:
+    target = replace(CPU, world_size=4, strategy="fsdp2", precision="bf16")
+    plan = Planner(stage1.cfg, target).plan(8)
+    qformer = next(part for part in plan.parts if part.name == "Q-Former")
+    assert plan.gathered >= qformer.gradients_whole and plan.copies > 0
+    cfg = load_config(STAGE1, ["run.accum_grad_iters=2"])
+    accumulated = Planner(cfg, target).plan(8)
+    for part in accumulated.parts:
+        assert part.gradients >= part.gradients_whole
+
+
+def test_fairscale_shards_only_frozen_blocks_of_one_type_and_only_on_cuda() -> None:
+    target = replace(CPU, world_size=4, strategy="fairscale")
+    for precision, device_type, shared in (
+        ("fp32", "cuda", True),
+        ("fp32", "cpu", False),
+        ("bf16", "cuda", False),
+    ):
+        cfg = load_config(STAGE1, [f"model.vision_encoder.precision={precision}"])
+        planner = Planner(cfg, replace(target, device_type=device_type))
+        plan, whole = planner.plan(8), planner.for_strategy("ddp").plan(8)
+        assert (plan.parts[0].parameters < whole.parts[0].parameters) is shared, (precision, device_type)
+        assert (plan.gathered > 0) is shared
+
+
 def test_the_book_finds_the_peak_and_what_it_is_made_of() -> None:
     first, second = Block(10, "activation", "a"), Block(5, "gradient", "b")
     book = Book([(1, first), (1, second), (-1, first), (1, Block(7, "temporary", "a")), (-1, second)])
     assert book.peak() == (15, {("activation", "a"): 10, ("gradient", "b"): 5})
-    assert book.peak({"activation": 0.0}) == (12, {("gradient", "b"): 5, ("temporary", "a"): 7})
+    assert book.peak({("activation", "a"): 0.0}) == (12, {("gradient", "b"): 5, ("temporary", "a"): 7})
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1000, 90), (105, 0), (10**9, 10**8 - 10)])
@@ -159,10 +211,26 @@ def test_the_largest_batch_is_tried_where_memory_grows_faster() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 2**30), ("1.5 GiB", 3 * 2**29), ("16g", 2**34), ("40000MB", 40000 * 2**20)],
+    [
+        ("24GB", 24 * 2**30),
+        ("1.5 GiB", 3 * 2**29),
+        ("16g", 2**34),
+        ("40000MB", 40000 * 2**20),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_of_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16g", 16 * 10**9), ("1TiB", 2**40), ("24 GB", 24 * 10**9), (7, 7)]
+)
+def test_other_sizes_have_the_same_names(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+    for wrong in ("lots", "1i", "1iB", "1Gi", "-1"):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            parse_bytes(wrong)
 
 
 def test_what_is_no_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -252,3 +253,18 @@ def test_frozen_parts_that_another_checkpoint_gave_come_back(tmp_path: Path) -> 
         CheckpointError, match=r"has the frozen parts of '.*given.*', which isn't there any more"
     ):
         build_model({"arch": "fake_mlp", "pretrained": str(tmp_path / "parts/run")})
+
+
+def test_settings_that_came_later_leave_a_finished_run_finished(tmp_path: Path) -> None:
+    Runner(config(tmp_path)).train()
+    summary = tmp_path / "run/summary.json"
+    content = json.loads(summary.read_text())
+    old = json.loads(content["fingerprint"])
+    del old["run"]["compile"], old["run"]["timeout"]  # as before these existed
+    summary.write_text(json.dumps({**content, "fingerprint": json.dumps(old)}))
+    again = Runner(config(tmp_path, timeout=5.0))
+    again.train()
+    assert not hasattr(again, "parts")  # nothing was built
+    other = Runner(config(tmp_path, compile=True))
+    other.train()
+    assert hasattr(other, "parts")

@@ -15,7 +15,7 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel import auto
-from lavis_lite.parallel.base import build_strategy, clip_shards
+from lavis_lite.parallel.base import build_strategy, check_quantized, clip_shards, is_quantized
 from lavis_lite.parallel.blocks import transformer_blocks
 
 SHARDED = [(name, world) for name, world in RUNS if name != "single"]
@@ -95,6 +95,16 @@ def test_auto_shards_what_does_not_fit(
     assert auto.choose_strategy("auto", nn.Linear(10, 10), torch.device("cpu")) == chosen
     assert len(messages) == 1 and messages[0].startswith(f"strategy {chosen}: weights, gradients and moments")
     assert auto.choose_strategy("fairscale", nn.Linear(10, 10), torch.device("cpu")) == "fairscale"
+
+
+def test_what_is_quantized_is_not_sharded() -> None:
+    quantized = is_quantized({"language_model": {"quantize": "int8"}})
+    assert quantized and not is_quantized({"language_model": {}}) and not is_quantized({})
+    assert auto.choose(10**9, 10, 2, quantized=quantized) == "ddp"
+    for name in ("fsdp2", "fairscale"):
+        with pytest.raises(ConfigError, match=f"'{name}' can't shard a quantized language model"):
+            check_quantized(name, quantized=True)
+    check_quantized("ddp", quantized=True)
 
 
 def test_auto_alone_is_single() -> None:

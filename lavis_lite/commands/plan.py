@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lavis_lite.commands.errors import one_line_errors
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from lavis_lite.common.config import Config
     from lavis_lite.runners.planning.account import Target
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan") -> None:
@@ -57,9 +55,12 @@ def _print_plan(args: argparse.Namespace) -> None:
 
 
 def _target(args: argparse.Namespace, config: Config) -> Target:
+    import torch
+
     from lavis_lite.common.device import choose_precision
+    from lavis_lite.parallel.auto import process_memory
     from lavis_lite.runners.planning.account import Target
-    from lavis_lite.runners.planning.runtime import available_bytes, runtime_of
+    from lavis_lite.runners.planning.runtime import runtime_of
 
     for name, value in (("--world-size", args.world_size), ("--text-tokens", args.text_tokens)):
         if value is not None and value < 1:
@@ -67,15 +68,17 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     device_type = "cuda" if args.gpu_memory else "cpu"
     precision = config.run.precision
     if precision == "auto":
-        import torch
-
         # GPUs that are planned for today compute in bfloat16.
         planned = "bf16" if args.gpu_memory else choose_precision("auto", torch.device("cpu"))
     else:
         planned = precision
     return Target(
         device_type=device_type,
-        limit=parse_memory(args.gpu_memory) if args.gpu_memory else available_bytes(),
+        limit=(
+            parse_memory(args.gpu_memory)
+            if args.gpu_memory
+            else process_memory(torch.device("cpu"), processes=args.world_size)
+        ),
         runtime=runtime_of(device_type),
         world_size=args.world_size,
         strategy=args.strategy or config.run.strategy,
@@ -86,12 +89,11 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as 24GB, 24GiB, 16g or 40000MB; units are powers of 1024, as memory is made.
-
-    Raises ConfigError.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    """Bytes of a GPU's memory such as 24GB, units being powers of 1024; ConfigError for what is no size."""
+    try:
+        size = parse_bytes(text, binary=True)
+    except ValueError:
+        size = 0
     if size < 1:
         raise ConfigError(f"--gpu-memory: '{text}' is no size; write e.g. 24GB")
     return size

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import re
 
-UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 
 
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes from a whole number or a text such as 500MB, 1.5 TB or 20GiB.
+def parse_bytes(size: int | str, *, binary: bool = False) -> int:
+    """A number of bytes from a whole number or a text such as 500MB, 1.5 TB, 16g or 20GiB.
+
+    binary: MB, GB and so on are powers of 1024 too, as the memory of GPUs is named.
 
     Raises ValueError for anything else, or a number below zero.
     """
     match = _SIZE.fullmatch(str(size))
-    unit = (match[2].upper() or "B") if match else ""
-    if match is None or unit not in UNITS:
+    # An i stands between a letter and B.
+    if match is None or (match[3] and not (match[2] and match[4])):
         raise ValueError(f"expected a number of bytes such as 500MB or 20GB, got {size!r}")
-    return round(float(match[1]) * UNITS[unit])
+    base = 1024 if binary or match[3] else 1000
+    return round(float(match[1]) * base ** _POWERS[match[2].upper()])
 
 
 def show_bytes(count: int) -> str:

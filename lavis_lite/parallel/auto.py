@@ -18,22 +18,30 @@ GB = 1e9
 logger = get_logger(__name__)
 
 
-def choose_strategy(name: str, model: nn.Module, device: torch.device) -> str:
+def choose_strategy(name: str, model: nn.Module, device: torch.device, *, quantized: bool = False) -> str:
     """The strategy that a name means; `auto` is chosen by the model's size, the memory and the number of processes.
 
     One process: single. Several: ddp where weights, gradients and moments of the whole model take at most 60% of
-    a process's memory, else fsdp2. The reason is logged in one line.
+    a process's memory, or its language model is quantized, which can't be sharded; else fsdp2. The reason is logged in
+    one line.
     """
     if name != AUTO:
         return name
     if dist.world_size() == 1:
         return "single"
     needed, there = state_bytes(model), process_memory(device)
-    chosen = "ddp" if there is None or needed <= SHARE_FOR_STATE * there else "fsdp2"
+    chosen = choose(needed, there, dist.world_size(), quantized=quantized)
     # Machines may differ; strategies may not.
     chosen = "fsdp2" if "fsdp2" in dist.gather_objects(chosen) else "ddp"
-    logger.info("strategy %s: %s", chosen, _reason(chosen, needed, there))
+    logger.info("strategy %s: %s", chosen, _reason(chosen, needed, there, quantized))
     return chosen
+
+
+def choose(needed: int, there: int | None, world_size: int, *, quantized: bool = False) -> str:
+    """What `auto` is for a model whose state needs so many bytes, in processes that have `there` of them each."""
+    if world_size == 1:
+        return "single"
+    return "ddp" if quantized or there is None or needed <= SHARE_FOR_STATE * there else "fsdp2"
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -43,18 +51,25 @@ def state_bytes(model: nn.Module) -> int:
     return held + 3 * trained
 
 
-def process_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells."""
+def process_memory(
+    device: torch.device, meminfo: Path = Path("/proc/meminfo"), *, processes: int | None = None
+) -> int | None:
+    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells.
+
+    processes: that share the machine, by default those of the run.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world_size()
+        return int(lines["MemAvailable"].split()[0]) * 1024 // (processes or dist.local_world_size())
     except (OSError, KeyError, ValueError):
         return None
 
 
-def _reason(chosen: str, needed: int, there: int | None) -> str:
+def _reason(chosen: str, needed: int, there: int | None, quantized: bool) -> str:
+    if quantized:
+        return "a quantized language model can't be sharded"
     size = f"weights, gradients and moments take {needed / GB:.2f} GB"
     if there is None:
         return f"{size}, and nothing tells how much memory there is"

@@ -16,6 +16,8 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 
 AUTO = "auto"
+# Their blocks' weights are cut into parts, which those of bitsandbytes' layers can't be.
+CUTTING = ("fairscale", "fsdp2")
 
 
 class Strategy:
@@ -101,6 +103,20 @@ def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
 
 
+def is_quantized(model_cfg: Mapping[str, Any]) -> bool:
+    """Whether a model section has a language model in 8 or 4 bits."""
+    return (model_cfg.get("language_model") or {}).get("quantize", "none") != "none"
+
+
+def check_quantized(name: str, *, quantized: bool) -> None:
+    """Raise ConfigError for a strategy that cuts a quantized language model into parts."""
+    if quantized and name in CUTTING:
+        raise ConfigError(
+            f"run.strategy: '{name}' can't shard a quantized language model; use ddp, or "
+            "model.language_model.quantize=none"
+        )
+
+
 def check_strategy(name: str) -> None:
     """Raise ConfigError for a strategy that isn't there or doesn't fit the number of processes."""
     if name == AUTO:
@@ -118,13 +134,11 @@ def check_strategy(name: str) -> None:
 
 
 def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
-    """The strategy of that name with its options; `auto` as `auto.choose` has it for a model of no size.
+    """The strategy of that name, which isn't `auto` any more (`auto.choose_strategy`), with its options.
 
     Raises ConfigError when the strategy doesn't fit the number of processes, or has no such options.
     """
     check_strategy(name)
-    if name == AUTO:
-        name = "ddp" if dist.world_size() > 1 else "single"
     strategy_class = registry.get_strategy_class(name)
     strategy: Strategy = strategy_class(**bind(strategy_class, options, where="run.strategy_options"))
     return strategy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -11,18 +13,48 @@ def transformer_blocks(module: nn.Module) -> list[nn.Module]:
     Those are the blocks of encoders and language models, whoever wrote them. A class without a `forward` is no block:
     its methods are called one by one (the Q-Former's), so nothing tells when it begins and ends.
     """
-    found: list[nn.Module] = []
+    return [block for members in _lists(module) if _is_called(members[0]) for block in members]
+
+
+def compiled_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, and of those that are no modules to call (the Q-Former's) the parts that are.
+
+    A single layer is none: it has nothing to be fused with.
+    """
+    return [part for members in _lists(module) for block in members for part in _called(block)]
+
+
+def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """The outermost lists of several modules of one class with weights."""
     for child in module.children():
         members = list(child.children())
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_blocks(members):
-            found += members
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_alike(members):
+            yield members
         else:
-            found += transformer_blocks(child)
-    return found
+            yield from _lists(child)
 
 
-def _are_blocks(members: list[nn.Module]) -> bool:
+def _are_alike(members: list[nn.Module]) -> bool:
     if len(members) < 2 or len({type(member) for member in members}) > 1:
         return False
-    has_forward = type(members[0]).forward is not nn.Module.forward
-    return has_forward and all(any(True for _ in member.parameters()) for member in members)
+    return all(any(True for _ in member.parameters()) for member in members)
+
+
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _called(block: nn.Module) -> list[nn.Module]:
+    if _is_called(block):
+        return [block] if any(True for _ in block.children()) else []
+    return [part for child in block.children() for part in _called(child)]
+
+
+def frozen_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks whose frozen weights can be flattened into one: nothing trained, and one dtype."""
+    return [block for block in transformer_blocks(module) if _is_frozen_of_one_type(block)]
+
+
+def _is_frozen_of_one_type(block: nn.Module) -> bool:
+    parameters = list(block.parameters())
+    return len({p.dtype for p in parameters}) == 1 and not any(p.requires_grad for p in parameters)

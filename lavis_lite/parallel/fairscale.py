@@ -17,7 +17,7 @@ from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.base import Strategy, clip_shards
-from lavis_lite.parallel.blocks import transformer_blocks
+from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
 
 
 @registry.register_strategy("fairscale")
@@ -113,14 +113,12 @@ def _shard_frozen_blocks(model: nn.Module) -> list[Any]:
     from fairscale.nn.data_parallel import FullyShardedDataParallel
 
     sharded = {}
-    for block in transformer_blocks(model):
-        types = {parameter.dtype for parameter in block.parameters()}
-        # It flattens a block's parameters into one, so a tower with fp32 norms among bf16 products stays whole.
-        if len(types) == 1 and not any(parameter.requires_grad for parameter in block.parameters()):
-            precise = types.pop()
-            sharded[block] = FullyShardedDataParallel(
-                block.cuda(), reshard_after_forward=True, compute_dtype=precise, buffer_dtype=precise
-            )
+    # It flattens a block's parameters into one, so a tower with fp32 norms among bf16 products stays whole.
+    for block in frozen_blocks(model):
+        precise = next(block.parameters()).dtype
+        sharded[block] = FullyShardedDataParallel(
+            block.cuda(), reshard_after_forward=True, compute_dtype=precise, buffer_dtype=precise
+        )
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in sharded and parent is not sharded[child]:

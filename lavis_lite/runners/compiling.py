@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lavis_lite.common.logging import get_logger
+from lavis_lite.parallel.blocks import compiled_blocks
 
 logger = get_logger(__name__)
 
@@ -25,7 +26,7 @@ def compile_blocks(model: nn.Module, device: torch.device) -> int:
         logger.warning("run.compile: going on without, since torch.compile does not work here: %s", reason)
         return 0
     compiled = 0
-    for block in blocks_of(model):
+    for block in compiled_blocks(model):
         # Texts differ in length from batch to batch: sizes become variables at the first change.
         block.compile()
         compiled += 1
@@ -48,20 +49,3 @@ def compiler_failure(device: torch.device) -> str | None:
 def _try_out(device: torch.device) -> None:
     compiled = torch.compile(lambda x: torch.tanh(x * 2.0 + 1.0))
     compiled(torch.ones(8, device=device, requires_grad=True)).sum().backward()
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The members of a module's outermost lists that are called as modules: a transformer's blocks.
-
-    The Q-Former's are not: its passes call their sublayers one by one, and of those the whole ones are taken.
-    """
-    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
-        return [part for block in module for part in _called(block)]
-    return [block for child in module.children() for block in blocks_of(child)]
-
-
-def _called(block: nn.Module) -> list[nn.Module]:
-    if type(block).forward is not nn.Module.forward:
-        # A single layer has nothing to be fused with.
-        return [block] if any(True for _ in block.children()) else []
-    return [part for child in block.children() for part in _called(child)]

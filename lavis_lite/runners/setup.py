@@ -25,7 +25,7 @@ from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.auto import choose_strategy
-from lavis_lite.parallel.base import Strategy, build_strategy, check_strategy
+from lavis_lite.parallel.base import Strategy, build_strategy, check_quantized, check_strategy, is_quantized
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
@@ -98,7 +98,9 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     """Everything training needs, with a checkpoint's contents where the run continues one."""
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
+    quantized = is_quantized(cfg.model)
     check_strategy(run.strategy)
+    check_quantized(run.strategy, quantized=quantized)
     if run.max_steps is None and run.max_epochs is None:
         raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
     if run.cache_features:
@@ -118,7 +120,8 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
     if run.compile:
         compile_blocks(base.model, base.device)
-    strategy = build_strategy(choose_strategy(run.strategy, base.model, base.device), run.strategy_options)
+    chosen = choose_strategy(run.strategy, base.model, base.device, quantized=quantized)
+    strategy = build_strategy(chosen, run.strategy_options)
     wrapped, optimizer = strategy.prepare(
         base.model,
         base.device,

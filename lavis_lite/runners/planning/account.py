@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch.distributed import destroy_process_group, init_process_group
 from lavis_lite.common import optim
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.parallel.auto import choose, state_bytes
+from lavis_lite.parallel.base import AUTO, check_quantized, is_quantized
+from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
 
@@ -31,25 +34,24 @@ ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a strategy leaves of each kind on every process, as powers of 1 / world size.
+    """What a strategy leaves on every process its share of.
 
-    gathers: blocks come together when they are needed, in the arithmetic's precision.
+    weights: none; frozen_blocks, those that fairscale can flatten (on CUDA alone); all, whose blocks are whole while
+        they run and whose rest is whole from the forward's beginning to the backward's end (parallel/fsdp2.py).
+    optimizer: its state, and gradients once they are exchanged. buckets: of gradients, which stay.
     """
 
-    frozen: bool = False
-    trained: bool = False
+    weights: Literal["none", "frozen_blocks", "all"] = "none"
     optimizer: bool = False
-    gradients: bool = False
     buckets: bool = False
-    gathers: bool = False
 
 
 SHARDINGS = {
     "single": Sharding(),
     "ddp": Sharding(buckets=True),
     # Frozen blocks by its FullyShardedDataParallel, the trained part by OSS and ShardedDataParallel.
-    "fairscale": Sharding(frozen=True, optimizer=True, gradients=True, gathers=True),
-    "fsdp2": Sharding(frozen=True, trained=True, optimizer=True, gradients=True, gathers=True),
+    "fairscale": Sharding(weights="frozen_blocks", optimizer=True),
+    "fsdp2": Sharding(weights="all", optimizer=True),
 }
 
 
@@ -71,15 +73,19 @@ class Target:
     text_tokens: int | None = None
     stored_features: bool = False
 
-    def resolved_strategy(self) -> str:
-        """The strategy's name, `auto` being single or ddp. Raises ConfigError for one whose memory isn't known."""
+    def resolved_strategy(self, needed: int, *, quantized: bool = False) -> str:
+        """The strategy's name, `auto` as a run chooses it for a model whose state takes so many bytes.
+
+        Raises ConfigError for one whose memory isn't known.
+        """
         name = self.strategy
-        if name == "auto":
-            name = "ddp" if self.world_size > 1 else "single"
+        if name == AUTO:
+            name = choose(needed, self.limit, self.world_size, quantized=quantized)
         if name not in SHARDINGS:
             raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
         if name != "single" and self.world_size == 1:
             raise ConfigError(f"run.strategy: '{name}' needs several processes: give --world-size")
+        check_quantized(name, quantized=quantized)
         return name
 
 
@@ -144,11 +150,11 @@ class Planner:
 
     def __init__(self, cfg: Config, target: Target) -> None:
         self.cfg, self.target = cfg, target
-        self.strategy = target.resolved_strategy()
-        self.sharding = SHARDINGS[self.strategy]
         self.shape: Shape = build_shape(
             cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
         )
+        self.strategy = target.resolved_strategy(self._needed(), quantized=is_quantized(cfg.model))
+        self.sharding = SHARDINGS[self.strategy]
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
 
@@ -156,9 +162,15 @@ class Planner:
         """The same shapes and traces under another strategy."""
         other = copy.copy(self)
         other.target = replace(self.target, strategy=strategy)
-        other.strategy = other.target.resolved_strategy()
+        other.strategy = other.target.resolved_strategy(
+            self._needed(), quantized=is_quantized(self.cfg.model)
+        )
         other.sharding = SHARDINGS[other.strategy]
         return other
+
+    def _needed(self) -> int:
+        """What `auto` looks at."""
+        return state_bytes(self.shape.model) - _saved_by_quantizing(self.shape.model, self.cfg)
 
     @property
     def gradients_stay(self) -> bool:
@@ -168,10 +180,9 @@ class Planner:
     def plan(self, batch: int | None = None) -> Plan:
         """The plan of a batch size, by default the configuration's."""
         batch = batch or self.cfg.run.batch_size_train
-        sharding, world = self.sharding, self.target.world_size
-        share: dict[Kind, float] = {"gradient": 1 / world if sharding.gradients else 1.0}
-        if sharding.trained:
-            share["copy"] = 0.0  # whole weights exist block by block, already in the arithmetic's precision
+        share: dict[tuple[Kind, str], float] = {
+            ("gradient", name): self._gradient_share(name) for name in ORDER
+        }
         _, at_peak = self._book(batch).peak(share)
         held: Counter[tuple[str, str]] = Counter(
             {(kind, part): size for (kind, part), size in at_peak.items()}
@@ -184,7 +195,7 @@ class Planner:
             parts=tuple(p for p in parts if p.numbers or p.activations),
             copies=sum(size for (kind, _), size in held.items() if kind == "copy"),
             temporaries=sum(size for (kind, _), size in held.items() if kind == "temporary"),
-            gathered=self._gathered() if sharding.gathers else 0,
+            gathered=self._gathered(),
             runtime=self.target.runtime,
             limit=self.target.limit,
             gap=ALLOCATOR_GAPS[self.target.device_type],
@@ -220,39 +231,61 @@ class Planner:
         )
         if name == "language model":
             frozen -= _saved_by_quantizing(self.shape.model, self.cfg)
-        sharding, world = self.sharding, self.target.world_size
+        world, sharded = self.target.world_size, self._sharded()
+        spread = sum(p.numel() * p.element_size() for _, p in own if p in sharded)
         gradients = held.get(("gradient", name), 0)
         if self.gradients_stay:
-            gradients += round(trained / (world if sharding.gradients else 1))
+            gradients += round(trained * self._gradient_share(name))
         return Part(
             name=name,
             trained=trained > 0,
             numbers=sum(p.numel() for _, p in own),
-            parameters=round(
-                frozen / (world if sharding.frozen else 1) + trained / (world if sharding.trained else 1)
-            )
-            + buffers,
-            optimizer=round(self._states[name] / (world if sharding.optimizer else 1)),
+            parameters=round(frozen + trained - spread + spread / world) + buffers,
+            optimizer=round(self._states[name] / (world if self.sharding.optimizer else 1)),
             gradients=gradients,
             activations=held.get(("activation", name), 0),
             gradients_whole=trained,
         )
 
+    def _blocks(self) -> list[nn.Module]:
+        """What the strategy shards block by block."""
+        if self.sharding.weights == "all":
+            return transformer_blocks(self.shape.model)
+        # fairscale's needs CUDA.
+        blocks = self.sharding.weights == "frozen_blocks" and self.target.device_type == "cuda"
+        return frozen_blocks(self.shape.model) if blocks else []
+
+    def _sharded(self) -> set[nn.Parameter]:
+        """Weights of which a process keeps its share."""
+        if self.sharding.weights == "all":
+            return {p for p in self.shape.model.parameters() if p.dim()}
+        return {p for block in self._blocks() for p in block.parameters()}
+
+    def _gradient_share(self, name: str) -> float:
+        """The fraction of a part's gradients that a process has in the backward pass.
+
+        They are exchanged as they come, but under accumulation at the last batch, and under fsdp2 all that lies outside
+        of blocks at the end.
+        """
+        if not self.sharding.optimizer or self.cfg.run.accum_grad_iters > 1:
+            return 1.0
+        exchanged = None
+        if self.sharding.weights == "all":
+            exchanged = {p for block in self._blocks() for p in block.parameters()}
+        trained = [(p.numel(), p) for n, p in self.shape.model.named_parameters() if part_of(n) == name]
+        trained = [(size, p) for size, p in trained if p.requires_grad]
+        early = sum(size for size, p in trained if exchanged is None or p in exchanged)
+        total = sum(size for size, _ in trained)
+        return (total - early + early / self.target.world_size) / total if total else 1.0
+
     def _gathered(self) -> int:
-        """Sharded weights that are whole at one moment: a model's largest block and the next one, which is fetched
-        meanwhile, and what lies outside of blocks (embeddings)."""
-        low = 2 if self.target.precision != "fp32" else 4
-        total = 0
-        for name in ("visual_encoder", "Qformer", "language_model"):
-            module = getattr(self.shape.model, name, None)
-            trained = module is not None and any(p.requires_grad for p in module.parameters())
-            if module is None or not (self.sharding.trained if trained else self.sharding.frozen):
-                continue
-            width = low if trained else None
-            blocks = sorted((_bytes(block, width) for block in _blocks(module)), reverse=True)
-            total += _bytes(module, width) - sum(blocks)
-            total += sum(blocks[:2])
-        return total
+        """Sharded weights that are whole at one moment, in their own precision: the largest block and the
+        next one, which is fetched meanwhile, and what lies outside of blocks."""
+        blocks = self._blocks()
+        within = {p for block in blocks for p in block.parameters()}
+        total = sum(p.numel() * p.element_size() for p in self._sharded() if p not in within)
+        sizes = sorted((_bytes(block) for block in blocks), reverse=True)
+        return total + sum(sizes[:2])
 
 
 def largest_batch(total: Callable[[int], int], limit: int, start: int) -> int:
@@ -280,15 +313,8 @@ def largest_batch(total: Callable[[int], int], limit: int, start: int) -> int:
     return good
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of a module's outermost lists: a transformer's blocks."""
-    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
-        return list(module)
-    return [block for child in module.children() for block in _blocks(child)]
-
-
-def _bytes(module: nn.Module, width: int | None) -> int:
-    return sum(p.numel() * (width or p.element_size()) for p in module.parameters())
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _optimizer_bytes(shape: Shape, cfg: Config) -> Counter[str]:

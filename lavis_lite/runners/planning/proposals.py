@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lavis_lite.common.config import Config
+from lavis_lite.parallel.base import CUTTING, is_quantized
 from lavis_lite.runners.planning.account import SHARDINGS, Plan, Planner, Target
 
 Load = Callable[[Sequence[str]], Config]
@@ -49,7 +50,7 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
         load: gives the configuration with more options laid over it.
     """
     found = []
-    for setting in _settings(planner.cfg, planner.target):
+    for setting in _settings(planner):
         changed = _planner(load, planner, [setting]).plan(plan.batch)
         if changed.total < plan.total:
             found.append((setting, Proposal(setting.options, plan.total - changed.total, setting.why)))
@@ -58,6 +59,8 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
     for setting, _ in found:
         if best.fits:
             break
+        if _exclude_each_other([*taken, setting]):
+            continue
         taken = [*(one for one in taken if one.keys != setting.keys), setting]
         best = _planner(load, planner, taken).plan(plan.batch)
     proposals = [proposal for _, proposal in found]
@@ -77,8 +80,9 @@ def propose(load: Load, planner: Planner, plan: Plan) -> Remedy:
     return Remedy(tuple(proposals), (*together, *in_parts), best)
 
 
-def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
+def _settings(planner: Planner) -> Iterator[_Setting]:
     """What this configuration has not chosen yet, in the order of what it costs."""
+    cfg, target = planner.cfg, planner.target
     model = cfg.model
     encoder, llm = model["vision_encoder"], model.get("language_model")
     low = "bf16"
@@ -90,9 +94,9 @@ def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
         yield _Setting((f"model.vision_encoder.precision={low}",), "frozen weights in 16 bits")
     if llm and llm.get("precision", "auto") in ("fp32", "auto"):
         yield _Setting((f"model.language_model.precision={low}",), "frozen weights in 16 bits")
-    if target.world_size > 1:
+    if target.world_size > 1 and not is_quantized(model):
         for name in ("fairscale", "fsdp2"):
-            if _saves_more(name, target.resolved_strategy()):
+            if _saves_more(name, planner.strategy):
                 yield _Setting(
                     (f"run.strategy={name}",),
                     "weights and optimiser spread over the processes, which exchange more",
@@ -108,7 +112,8 @@ def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
             ("model.language_model.grad_checkpointing=true",),
             "its forward is computed twice (+50% of its time)",
         )
-    if llm and llm.get("quantize", "none") == "none" and target.device_type == "cuda":
+    can_quantize = target.device_type == "cuda" and target.strategy not in CUTTING
+    if llm and not is_quantized(model) and can_quantize:
         yield _Setting(
             ("model.language_model.quantize=int8",), "the language model in 8 bits (extra `quantize`)"
         )
@@ -118,6 +123,12 @@ def _settings(cfg: Config, target: Target) -> Iterator[_Setting]:
             "the frozen encoder's features are read from disk",
             lambda t: replace(t, stored_features=True),
         )
+
+
+def _exclude_each_other(settings: Sequence[_Setting]) -> bool:
+    """What is quantized can't be sharded."""
+    options = " ".join(option for setting in settings for option in setting.options)
+    return "run.strategy=" in options and "quantize=" in options
 
 
 def _saves_more(name: str, than: str) -> bool:

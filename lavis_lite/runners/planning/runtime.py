@@ -34,13 +34,3 @@ def resident_bytes(*, peak: bool = False) -> int:
         return int(line.split()[1]) * 1024
     # Elsewhere only the peak is told; macOS counts in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def available_bytes() -> int | None:
-    """Bytes of main memory that a new process can have; None where nothing tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    line = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return int(line.split()[1]) * 1024 if line else None

@@ -56,10 +56,12 @@ class Book:
 
     events: list[tuple[int, Block]] = field(default_factory=list)
 
-    def peak(self, share: Mapping[Kind, float] | None = None) -> tuple[int, dict[tuple[Kind, str], int]]:
+    def peak(
+        self, share: Mapping[tuple[Kind, str], float] | None = None
+    ) -> tuple[int, dict[tuple[Kind, str], int]]:
         """The largest sum of bytes alive at one moment, and of what kinds and parts it is made.
 
-        share: by kind the fraction of it that a process holds; by default all.
+        share: by kind and part the fraction of it that a process holds; by default all.
         """
         share = share or {}
         alive: dict[tuple[Kind, str], float] = {}
@@ -67,7 +69,10 @@ class Book:
         at_peak: dict[tuple[Kind, str], float] = {}
         rising = False
         for sign, block in self.events:
-            key, size = (block.kind, block.part), sign * block.bytes * share.get(block.kind, 1.0)
+            key, size = (
+                (block.kind, block.part),
+                sign * block.bytes * share.get((block.kind, block.part), 1.0),
+            )
             # Only where the sum is about to fall it can have been at its highest.
             if rising and size < 0 and total > highest:
                 highest, at_peak = total, dict(alive)
