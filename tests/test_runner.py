@@ -278,5 +278,5 @@ def test_several_datasets_mix_and_are_evaluated_apart(tmp_path: Path) -> None:
 
 def test_the_way_to_the_loss_is_short() -> None:
     source = (ROOT / "lavis_lite/runners/runner.py").read_text()
-    body = source.split("def _train(self)")[1].split("\n    def ")[0]
+    body = source.split("def train(self)")[1].split("\n    def ")[0]
     assert "self.train_step(" in body and len(body.splitlines()) < 40
