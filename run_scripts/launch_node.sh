@@ -8,5 +8,7 @@ cd "$repository"
 
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+# So long a stopped process has to finish its step, or an evaluation, and to save; torchrun's own limit is 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-110}"
 exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node="$nproc" \
     --max-restarts="${RESTARTS:-3}" train.py "$@"

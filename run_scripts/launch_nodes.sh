@@ -10,6 +10,8 @@ cd "$repository"
 : "${NODES:?set NODES to the number of machines}" "${HEAD:?set HEAD to host:port of one of the machines}"
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+# So long a stopped process has to finish its step, or an evaluation, and to save; torchrun's own limit is 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-110}"
 exec .venv/bin/python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-lavis_lite}" \
     --max-restarts="${RESTARTS:-3}" train.py "$@"

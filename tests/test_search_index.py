@@ -141,6 +141,24 @@ def test_an_unfinished_build_is_not_gone_on_with_by_another_model(tmp_path: Path
         build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder(7))
 
 
+def test_an_unfinished_build_is_not_gone_on_with_from_other_pictures(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 6)
+    save_pictures(tmp_path / "others", 3, seed=9)
+    interrupted(tmp_path, batches=1)
+    with pytest.raises(DataError, match=r"was begun with images .*pictures, not .*others; go on"):
+        build_index(tmp_path / "others", tmp_path / "idx", colour_encoder())
+
+
+def test_an_approximate_index_outlives_its_last_image(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 6)
+    index = tmp_path / "idx"
+    build_index(tmp_path / "pictures", index, colour_encoder(), BuildOptions(kind="hnsw"))
+    assert delete_images(index, ["*.png"]).images == 0
+    assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
+    assert compact_index(index).changed == 6
+    assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
+
+
 def test_add_takes_only_what_is_new(built: Path, tmp_path: Path) -> None:
     save_pictures(tmp_path / "more", 3, seed=9)
     encoder = colour_encoder()

@@ -100,7 +100,9 @@ def build_index(
             )
         queries, width = _shape_of(encoder)
         manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind)
-        return _extend(root, manifest, names, encoder, options, old=old, what="build")
+        return _extend(
+            root, manifest, names, encoder, options, old=old, what="build", source=_absolute(images)
+        )
 
 
 def add_images(
@@ -120,7 +122,9 @@ def add_images(
         if not names:
             _clean(root, manifest)
             return Summary(manifest.images - manifest.num_deleted, 0, recall=_recall_of(manifest))
-        return _extend(root, manifest, names, encoder, options, old=manifest, what="add")
+        return _extend(
+            root, manifest, names, encoder, options, old=manifest, what="add", source=_absolute(images)
+        )
 
 
 def delete_images(out: str | os.PathLike[str], patterns: Sequence[str]) -> Summary:
@@ -197,12 +201,14 @@ def _extend(
     *,
     old: Manifest | None,
     what: str,
+    source: str,
 ) -> Summary:
     """Encode `names`, add them to `manifest` as a part, and put that in the place of `old`."""
     if old:
         _forget_if_done(root, old)
     header = {
         "command": what,
+        "images": source,
         "model": f"{encoder.identity['model']} {encoder.identity['fingerprint']}",
         "dtype": manifest.dtype,
         "parts": [part.name for part in old.parts] if old else [],
@@ -240,7 +246,7 @@ def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, text
     """
     store = Store(root, manifest)
     factory = candidates.choose_factory(manifest.kind, len(store) * manifest.queries, manifest.width)
-    if factory is None:
+    if factory is None or not bool(store.alive.any()):
         return replace(manifest, candidates=None)
     old = manifest.candidates
     if old and len(store) <= 2 * old.trained_on:
@@ -314,6 +320,10 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 def _recall_of(manifest: Manifest) -> float | None:
     return manifest.candidates.recall if manifest.candidates else None
+
+
+def _absolute(images: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.path.expanduser(os.fspath(images)))
 
 
 def _first_problem(journal: Journal) -> str:

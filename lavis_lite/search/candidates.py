@@ -123,6 +123,8 @@ class CandidateIndex:
     def _candidates(self, store: Store, query: Tensor, top: int) -> Tensor:
         """Rows of living images that have a vector near one of the query's [V, E]."""
         vectors, living = query.contiguous().numpy(), int(store.alive.sum())
+        if living == 0:
+            return torch.empty(0, dtype=torch.long)
         wanted = min(self.setting.oversample * max(top, MEASURED_TOP), living * store.manifest.queries)
         fetched, nprobe = wanted, min(self.setting.nprobe, self.most_cells)
         while True:
