@@ -29,6 +29,7 @@ from lavis_lite.search import (
     open_index,
 )
 from lavis_lite.search.build import locked
+from lavis_lite.search.manifest import load_manifest
 
 TESTS = Path(__file__).resolve().parent
 
@@ -152,10 +153,13 @@ def test_an_unfinished_build_is_not_gone_on_with_from_other_pictures(tmp_path: P
 def test_an_approximate_index_outlives_its_last_image(tmp_path: Path) -> None:
     save_pictures(tmp_path / "pictures", 6)
     index = tmp_path / "idx"
-    build_index(tmp_path / "pictures", index, colour_encoder(), BuildOptions(kind="hnsw"))
+    build_index(tmp_path / "pictures", index, colour_encoder(), BuildOptions(kind="hnsw", target=0.9))
+    save_pictures(tmp_path / "pictures", 7)
+    add_images(tmp_path / "pictures", index, colour_encoder())
+    assert load_manifest(index).target == 0.9
     assert delete_images(index, ["*.png"]).images == 0
     assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
-    assert compact_index(index).changed == 6
+    assert compact_index(index).changed == 7
     assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
 
 

@@ -99,7 +99,7 @@ def build_index(
                 f"there is an index at '{root}' already: `index add` adds to it, --replace replaces it"
             )
         queries, width = _shape_of(encoder)
-        manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind)
+        manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind, options.target)
         return _extend(
             root, manifest, names, encoder, options, old=old, what="build", source=_absolute(images)
         )
@@ -111,12 +111,14 @@ def add_images(
     encoder: Encoder,
     options: BuildOptions | None = None,
 ) -> Summary:
-    """Add the pictures that aren't in the index yet; kind and dtype stay what they were. Else as `build_index`."""
+    """Add the pictures that aren't in the index yet, by its own kind, dtype and target. Else as `build_index`."""
     root = Path(out)
     with locked(root):
         manifest = load_manifest(root)
         check_same_model(root, manifest, encoder)
-        options = replace(options or BuildOptions(), kind=manifest.kind, dtype=manifest.dtype)
+        options = replace(
+            options or BuildOptions(), kind=manifest.kind, dtype=manifest.dtype, target=manifest.target
+        )
         held = {name for _, name in Store(root, manifest).names()}
         names = [name for name in list_pictures(images) if name not in held]
         if not names:
@@ -172,7 +174,9 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
         names = [name for _, name in store.names()]
         part = write_part(root, names, lambda target: _write_living(store, target))
         manifest = replace(manifest, parts=(part,), deleted=None, num_deleted=0, candidates=None)
-        manifest = _with_candidates(root, manifest, BuildOptions(kind=manifest.kind), None)
+        manifest = _with_candidates(
+            root, manifest, BuildOptions(kind=manifest.kind, target=manifest.target), None
+        )
         manifest.save(root)
         _clean(root, manifest)
         return Summary(len(names), before - len(names), recall=_recall_of(manifest))

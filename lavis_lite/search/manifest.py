@@ -84,7 +84,7 @@ class Manifest:
     """index.json.
 
     model: what `Encoder.identity` says. queries: Q. width: E. dtype: fp16 or fp32. kind: what the user asked for,
-    auto, flat or a faiss factory string.
+    auto, flat or a faiss factory string. target: the recall that an approximate index is tuned to.
     """
 
     model: dict[str, Any]
@@ -92,6 +92,7 @@ class Manifest:
     width: int
     dtype: str
     kind: str = "auto"
+    target: float = 0.99
     parts: tuple[PartEntry, ...] = ()
     deleted: FileSum | None = None
     num_deleted: int = 0
