@@ -18,10 +18,12 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch from the repository}"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NODES=$SLURM_JOB_NUM_NODES HEAD="$head:$((20000 + SLURM_JOB_ID % 20000))" JOB=$SLURM_JOB_ID
 
-preempted=0
+preempted=0 step=
+stop_step() { [ -z "$step" ] || kill -TERM "$step" 2>/dev/null || true; }
+trap 'preempted=1; stop_step' TERM
 srun --kill-on-bad-exit=1 bash run_scripts/launch_nodes.sh "$@" &
 step=$!
-trap 'preempted=1; kill -TERM "$step" 2>/dev/null || true' TERM
+if [ "$preempted" = 1 ]; then stop_step; fi # the signal came before there was a step to stop
 status=0
 # The trap interrupts the first wait; the second is for the ranks, which save.
 wait "$step" || status=$?

@@ -68,7 +68,7 @@ class Runner:
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
         dist.init(self.cfg.run.timeout)
-        with naming_lost_ranks(self._where), self._log_closed():
+        with self._log_closed(), naming_lost_ranks(self._where):
             if self._set_up():
                 with self.signals, self.progress:
                     if self._owes_evaluation():
