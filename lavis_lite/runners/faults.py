@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import torch.distributed as torch_dist
@@ -30,9 +28,6 @@ def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if dist.world_size() == 1 or not is_lost_peer(error):
             raise
-        # torchrun ends the ranks that are left within a tenth of a second; the line is said before they go.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         present = dist.roll_call()
         if present and present[0] != dist.rank():
             sys.exit(1)
