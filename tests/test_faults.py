@@ -76,7 +76,6 @@ def _kill_when(agent: int, rank: int, condition: Callable[[], bool], pause: floa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
-@pytest.mark.xfail(strict=False, reason="hung once when restarts were held up; to be seen green again first")
 def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     """One kill while a checkpoint is written, one of each rank at a random moment."""
     calm = _torchrun(_project(tmp_path / "calm"))

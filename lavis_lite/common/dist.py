@@ -43,6 +43,9 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     global _store
     timeout = timedelta(minutes=timeout_minutes)
     meeting, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
+    # The store outlives ranks that torchrun starts again: without names of their own they would look for the
+    # addresses, and the marks, of those before them.
+    meeting = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", meeting)
     _store = torch_dist.PrefixStore("lavis_lite", meeting)
     group = torch_dist.PrefixStore("group", meeting)
     torch_dist.init_process_group(backend, timeout=timeout, store=group, rank=own_rank, world_size=ranks)
