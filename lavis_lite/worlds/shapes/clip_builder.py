@@ -44,7 +44,14 @@ class ShapesVideoBuilder:
     ) -> None:
         self.name = name
         self.ratio = ratio
-        self.spec = ClipSpec(train, val, test, image_size, questions_per_clip, seed)
+        self.spec = ClipSpec(
+            train=train,
+            val=val,
+            test=test,
+            image_size=image_size,
+            questions_per_clip=questions_per_clip,
+            seed=seed,
+        )
         sources: dict[str, Any] = {
             split: {"annotations": f"annotations/{texts}_{split}.jsonl", "images": f"clips/{split}"}
             for split in SPLITS

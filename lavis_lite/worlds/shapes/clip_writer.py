@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lavis_lite.common.errors import ConfigError
-from lavis_lite.common.io import atomic_dir, cache_dir
+from lavis_lite.common.io import atomic_dir
 from lavis_lite.common.logging import get_logger
 from lavis_lite.worlds.shapes.avi import avi, jpeg
 from lavis_lite.worlds.shapes.clip_texts import CLIP_TYPES, clip_captions, clip_questions
 from lavis_lite.worlds.shapes.clips import FPS, FRAMES, Clip, sample_clip
 from lavis_lite.worlds.shapes.render import render
 from lavis_lite.worlds.shapes.scene import SPLITS, Scene, Split
-from lavis_lite.worlds.shapes.writer import ANSWERS_PER_QUESTION, ID_STRIDE
+from lavis_lite.worlds.shapes.spec import ID_STRIDE, FileSpec
+from lavis_lite.worlds.shapes.writer import ANSWERS_PER_QUESTION
 
 logger = get_logger(__name__)
 
-# Raised whenever the same arguments would give other files.
-VERSION = 1
-
 
 @dataclass(frozen=True)
-class ClipSpec:
+class ClipSpec(FileSpec):
     """What is written: clips per split, their side in pixels, questions per clip, the seed."""
+
+    kind: ClassVar[str] = "shapes_video"
+    version: ClassVar[int] = 1
+    bounds: ClassVar[dict[str, tuple[int, int]]] = {
+        **FileSpec.bounds,
+        "questions_per_clip": (1, len(CLIP_TYPES)),
+    }
 
     train: int = 3000
     val: int = 300
     test: int = 300
-    image_size: int = 64
     questions_per_clip: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "train": (0, ID_STRIDE // 100),
-            "val": (0, ID_STRIDE // 100),
-            "test": (0, ID_STRIDE // 100),
-            "image_size": (16, 1024),
-            "questions_per_clip": (1, len(CLIP_TYPES)),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"shapes_video: {name} must be from {low} to {high}, got {getattr(self, name)}"
-                )
-
-    @property
-    def folder(self) -> Path:
-        """Where these files live, below the cache folder; another spec or version has another folder."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return cache_dir() / "shapes_video" / f"v{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    def size(self, split: Split) -> int:
-        """Clips in a split."""
-        sizes: dict[Split, int] = {"train": self.train, "val": self.val, "test": self.test}
-        return sizes[split]
 
 
 def write_clips(spec: ClipSpec) -> Path:

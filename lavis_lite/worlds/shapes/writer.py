@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,63 +11,43 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.common.io import atomic_dir, cache_dir
+from lavis_lite.common.errors import DataError
+from lavis_lite.common.io import atomic_dir
 from lavis_lite.common.logging import get_logger
 from lavis_lite.worlds.shapes.captions import STYLES, captions, describe
 from lavis_lite.worlds.shapes.questions import TYPES, questions
 from lavis_lite.worlds.shapes.render import render
 from lavis_lite.worlds.shapes.scene import SHAPES, SPLITS, Scene, Split, sample_scene
+from lavis_lite.worlds.shapes.spec import ID_STRIDE, FileSpec
 
 logger = get_logger(__name__)
 
-# Raised whenever the same arguments would give other files.
 VERSION = 1
-# Numbers of pictures, captions and questions of different splits never meet.
-ID_STRIDE = 10_000_000
 ANSWERS_PER_QUESTION = 10
 # Below so many pictures starting other processes takes longer than it saves.
 PARALLEL_FROM = 2000
 
 
 @dataclass(frozen=True)
-class WorldSpec:
+class WorldSpec(FileSpec):
     """What is written: pictures per split, their side in pixels, texts per picture, the seed."""
+
+    kind: ClassVar[str] = "shapes"
+    version: ClassVar[int] = VERSION
+    bounds: ClassVar[dict[str, tuple[int, int]]] = {
+        **FileSpec.bounds,
+        "captions_per_image": (1, len(STYLES)),
+        # The types that every scene has something to ask of.
+        "questions_per_image": (0, len(TYPES) - 1),
+    }
 
     train: int = 20_000
     val: int = 500
     test: int = 500
-    image_size: int = 64
     captions_per_image: int = 2
     questions_per_image: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "train": (0, ID_STRIDE // 100),
-            "val": (0, ID_STRIDE // 100),
-            "test": (0, ID_STRIDE // 100),
-            "image_size": (16, 1024),
-            "captions_per_image": (1, len(STYLES)),
-            # The types that every scene has something to ask of.
-            "questions_per_image": (0, len(TYPES) - 1),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"shapes: {name} must be from {low} to {high}, got {getattr(self, name)}")
-
-    @property
-    def folder(self) -> Path:
-        """Where these files live, below the cache folder; another spec or version has another folder."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return cache_dir() / "shapes" / f"v{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    def size(self, split: Split) -> int:
-        """Pictures in a split."""
-        sizes: dict[Split, int] = {"train": self.train, "val": self.val, "test": self.test}
-        return sizes[split]
 
 
 def write_world(spec: WorldSpec, *, processes: int | None = None) -> Path:
