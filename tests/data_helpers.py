@@ -45,10 +45,10 @@ def make_jsonl(folder: Path, rows: int, *, captions: int = 2, **extra: Any) -> P
 
 
 @contextmanager
-def warnings_logged() -> Iterator[list[str]]:
-    """The messages the package logs as warnings or worse, whoever configured its logger before."""
+def warnings_logged(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """The messages the package logs as warnings (or `level`) or worse, whoever configured its logger before."""
     messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("lavis_lite").addHandler(handler)
     try:

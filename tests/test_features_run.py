@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,9 @@ def train(cfg: Config) -> RunResult:
     return Runner(cfg).train()
 
 
-@contextlib.contextmanager
-def told() -> Iterator[list[str]]:
+def told() -> AbstractContextManager[list[str]]:
     """Like `warnings_logged`, with what is no warning."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lavis_lite").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("lavis_lite").removeHandler(handler)
+    return warnings_logged(logging.INFO)
 
 
 def files(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from lavis_lite.common.logging import get_logger
 
 logger = get_logger(__name__)
 
-
 # Between two looks whether a lock is free, where there is something to do meanwhile.
 POLL_SECONDS = 5.0
 

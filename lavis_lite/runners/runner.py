@@ -347,9 +347,7 @@ class Runner:
             if not self.results:  # the run was finished before, but not reported
                 self.validate()
             self._report()
-        if self.log_file is not None:
-            self.log_file.close()
-        if not self.finished:
+        else:
             dist.barrier()  # torchrun ends all processes when one ends with an error: not before all is saved
             self._say_stopped()
 
