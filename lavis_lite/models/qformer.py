@@ -249,7 +249,8 @@ class QFormer(nn.Module):
     def begin_pairs(self, query_tokens: Tensor, tokens: TextTokens) -> PairStart:
         """Queries [1, Q, D] and texts up to the first look at an image, for all images they are to be paired with."""
         real = RealTokens(tokens.attention_mask)
-        queries, text = self._begin_pairs(query_tokens, tokens, real)
+        mask = _pair_mask(real, query_tokens.shape[1])
+        queries, text = self._begin_pairs(query_tokens, tokens, real, mask)
         return PairStart(queries, real.spread(text), tokens.attention_mask)
 
     def encode_pairs(
@@ -270,11 +271,11 @@ class QFormer(nn.Module):
         """
         shares = self._shares(images, len(texts))
         real = RealTokens(texts.attention_mask)
+        mask = _pair_mask(real, query_tokens.shape[1])
         if isinstance(texts, PairStart):
             queries, text = texts.queries, real.pack(texts.text)
         else:
-            queries, text = self._begin_pairs(query_tokens, texts, real)
-        mask = _pair_mask(real, query_tokens.shape[1])
+            queries, text = self._begin_pairs(query_tokens, texts, real, mask)
         for index, layer in enumerate(self.layers):
             if index > 0:
                 queries, text = self._meet(index, queries, text, real, mask)
@@ -291,10 +292,9 @@ class QFormer(nn.Module):
         return images
 
     def _begin_pairs(
-        self, query_tokens: Tensor, tokens: TextTokens, real: RealTokens
+        self, query_tokens: Tensor, tokens: TextTokens, real: RealTokens, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         queries = self._embed_queries(query_tokens, len(tokens))
-        mask = _pair_mask(real, queries.shape[1])
         return self._meet(0, queries, self._embed_text(tokens, real), real, mask)
 
     def _meet(
