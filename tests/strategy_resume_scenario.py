@@ -8,8 +8,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 from runner_helpers import config
@@ -46,7 +44,6 @@ def run(folder: Path, strategy: str, world: int) -> None:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     for first in sorted({first for first, _ in CHANGES}):
         run(folder / "".join(map(str, first)), *first)
     for first, second in CHANGES:

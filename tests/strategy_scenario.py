@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Not torch.set_num_threads: it makes a pool of threads, which a forked rank would find broken and, now and then, abort.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from torch import Tensor, nn
 
@@ -171,7 +174,6 @@ def ranks(world: int) -> Iterator[int]:
 
 
 def main(folder: Path, only: str | None = None) -> None:
-    torch.set_num_threads(1)
     losses.sample_negatives = hardest
     for case in CASES:  # what models and optimisers import late, imported once and not in every rank
         build(case, folder / "imports")
