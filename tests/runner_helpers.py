@@ -63,13 +63,10 @@ def config(folder: Path, *options: str, **run: Any) -> Config:
 
 def weights(checkpoint: Path | None) -> dict[str, Tensor]:
     """Everything a checkpoint holds in tensors."""
-    from lavis_lite.common.checkpoint import load_tensors
+    from lavis_lite.common.checkpoint import load_tensors, open_optimizer, weights_file
 
     assert checkpoint is not None
-    return {
-        **load_tensors(checkpoint / "model.safetensors"),
-        **load_tensors(checkpoint / "optimizer.safetensors"),
-    }
+    return {**load_tensors(weights_file(checkpoint)), **open_optimizer(checkpoint)}
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

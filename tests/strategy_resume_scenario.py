@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,26 +17,47 @@ from strategy_scenario import ranks
 from lavis_lite.common.checkpoint import step_dir
 from lavis_lite.runners.runner import Runner
 
-# Under which strategy a run begins, and under which it ends; the number of processes of both.
+
+@dataclass(frozen=True)
+class Way:
+    """How a run, or half of one, is trained and saved."""
+
+    strategy: str
+    world: int = 2
+    save_format: str = "auto"
+    save_async: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.world}-{self.save_format}-{self.save_async}"
+
+
+DDP, FSDP2, FAIRSCALE, SINGLE = Way("ddp"), Way("fsdp2"), Way("fairscale"), Way("single", 1)
+WHOLE = [replace(way, save_format="whole") for way in (FSDP2, FAIRSCALE)]
+PARTS = Way("ddp", save_format="sharded", save_async=True)
+BEHIND = [replace(way, save_async=True) for way in (FSDP2, *WHOLE, SINGLE)]
+# How a run begins, and how it ends.
 CHANGES = [
-    (("ddp", 2), ("fsdp2", 2)),
-    (("fsdp2", 2), ("fsdp2", 2)),
-    (("fairscale", 2), ("fairscale", 2)),
-    (("fsdp2", 2), ("fairscale", 2)),
-    (("fairscale", 2), ("ddp", 2)),
-    (("fsdp2", 2), ("single", 1)),
-    (("single", 1), ("fsdp2", 2)),
+    (DDP, FSDP2),
+    (FSDP2, FSDP2),
+    (FAIRSCALE, FAIRSCALE),
+    (FSDP2, FAIRSCALE),
+    (FAIRSCALE, DDP),
+    (FSDP2, SINGLE),
+    (SINGLE, FSDP2),
+    (PARTS, PARTS),
+    (BEHIND[0], BEHIND[0]),
+    (WHOLE[0], FSDP2),
 ]
 STEPS, HALF = 4, 2
 
 
-def run(folder: Path, strategy: str, world: int) -> None:
+def run(folder: Path, way: Way) -> None:
     """Train to the end, from where the folder's run is."""
+    how = {"strategy": way.strategy, "save_format": way.save_format, "save_async": way.save_async}
     rows = {"batch_size_train": 4, "accum_grad_iters": 2, "max_grad_norm": 0.5}
-    cfg = config(
-        folder, "model.dropout=0.0", strategy=strategy, max_steps=STEPS, save_every=HALF, eval_every=1, **rows
-    )
-    for _ in ranks(world):
+    cfg = config(folder, "model.dropout=0.0", max_steps=STEPS, save_every=HALF, eval_every=1, **how, **rows)
+    for _ in ranks(way.world):
         try:
             Runner(cfg).train()
         except BaseException:
@@ -44,14 +66,13 @@ def run(folder: Path, strategy: str, world: int) -> None:
 
 
 def main(folder: Path) -> None:
-    for first in sorted({first for first, _ in CHANGES}):
-        run(folder / "".join(map(str, first)), *first)
+    for first in {first: None for first, _ in CHANGES} | dict.fromkeys((*WHOLE, *BEHIND)):
+        run(folder / first.name, first)
     for first, second in CHANGES:
-        whole = folder / "".join(map(str, first))
-        changed = folder / f"{whole.name}-{second[0]}{second[1]}"
-        shutil.copytree(whole, changed)
+        changed = folder / f"{first.name}-{second.name}"
+        shutil.copytree(folder / first.name, changed)
         shutil.rmtree(step_dir(changed / "run" / "checkpoints", STEPS))
-        run(changed, *second)
+        run(changed, second)
 
 
 if __name__ == "__main__":

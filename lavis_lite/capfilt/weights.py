@@ -10,9 +10,11 @@ from lavis_lite.capfilt.settings import Settings, parse_model
 from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.common.fingerprint import digest, file_digest
+from lavis_lite.common.tensor_parts import PARTS
+from lavis_lite.common.tensor_parts import SUFFIX as PARTS_SUFFIX
 
 ROLES = ("captioner", "ranker")
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", PARTS_SUFFIX)
 
 
 def weights_of(settings: Settings) -> dict[str, str | None]:
@@ -42,7 +44,7 @@ def _digest(place: Path) -> str | None:
 
 def _files(place: Path) -> Iterator[Path]:
     """The weights of a folder, or of a file, which may be the list of several."""
-    if place.suffix == ".json":
+    if place.suffix == ".json" or place.name == PARTS:
         place = place.parent
     if place.is_file():
         yield place

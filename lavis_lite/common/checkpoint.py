@@ -3,16 +3,20 @@
 <run>/checkpoints/step_000800/model.safetensors      trained parameters and buffers, nothing frozen
                               optimizer.safetensors  AdamW's moments by parameter name
                               state.json             step, best, versions: what else a run continues from
+
+Under strategies that cut weights or moments into parts, each process may write its own: in place of the two files of
+tensors there are then torch.distributed.checkpoint's (.metadata and *.distcp), see `tensor_parts`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ from torch import Tensor
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.common.hub import PREFIX, local_folder
 from lavis_lite.common.io import atomic_dir, remove_leftovers
-from lavis_lite.common.tensor_reader import ALIAS, open_tensors
+from lavis_lite.common.tensor_parts import OPTIMIZER_PARTS, PARTS, PartsError, StoredParts
+from lavis_lite.common.tensor_reader import ALIAS, TensorStore, open_tensors
 
 FOLDER = "checkpoints"
 # What other projects call the weights of a folder, beside our own name for them.
@@ -42,9 +47,21 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     found = []
     for path in Path(folder).glob("step_*"):
         match = _STEP.fullmatch(path.name)
-        if match and (path / STATE).is_file() and (path / MODEL).is_file():
+        if match and (path / STATE).is_file() and weights_file(path).is_file():
             found.append((int(match[1]), path))
     return sorted(found)
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """What `open_tensors` reads of a checkpoint's folder: its model file, or the index of its parts."""
+    return checkpoint / PARTS if (checkpoint / PARTS).is_file() else checkpoint / MODEL
+
+
+def open_optimizer(checkpoint: Path) -> TensorStore:
+    """The optimiser's tensors in a checkpoint's folder; CheckpointError when they can't be read."""
+    if (checkpoint / PARTS).is_file():
+        return StoredParts(checkpoint, OPTIMIZER_PARTS)
+    return open_tensors(checkpoint / OPTIMIZER)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -76,6 +93,28 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     return dict(open_tensors(path))
 
 
+@contextlib.contextmanager
+def writing(folder: str | Path, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder for the tensors of a step's checkpoint, to which the state is added.
+
+    It has its name, `step_dir(folder, step)`, only once the block has ended and all of it is on the disk.
+
+    Raises CheckpointError when the disk refuses; the checkpoints before it are untouched.
+    """
+    folder = Path(folder)
+    path = step_dir(folder, step)
+    try:
+        with atomic_dir(path, replace=True) as temporary:
+            yield temporary
+            (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+    except (OSError, SafetensorError, PartsError) as error:
+        kept = [other for _, other in list_checkpoints(folder) if other != path]
+        still = f"'{kept[-1]}' is intact" if kept else "there was none before it"
+        raise CheckpointError(
+            f"could not write checkpoint '{path}': {error}; {still}; make room, or set another run.output_dir"
+        ) from error
+
+
 def save_checkpoint(
     folder: str | Path,
     step: int,
@@ -84,24 +123,11 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write the checkpoint of a step; it has its name only once it is whole and on the disk.
-
-    Raises CheckpointError when the disk refuses; the checkpoints before it are untouched.
-    """
-    folder = Path(folder)
-    path = step_dir(folder, step)
-    try:
-        with atomic_dir(path, replace=True) as temporary:
-            save_tensors(temporary / MODEL, model)
-            save_tensors(temporary / OPTIMIZER, optimizer)
-            (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
-    except (OSError, SafetensorError) as error:
-        kept = [other for _, other in list_checkpoints(folder) if other != path]
-        still = f"'{kept[-1]}' is intact" if kept else "there was none before it"
-        raise CheckpointError(
-            f"could not write checkpoint '{path}': {error}; {still}; make room, or set another run.output_dir"
-        ) from error
-    return path
+    """Write the checkpoint of a step from whole tensors; errors and guarantees as of `writing`."""
+    with writing(folder, step, state) as temporary:
+        save_tensors(temporary / MODEL, model)
+        save_tensors(temporary / OPTIMIZER, optimizer)
+    return step_dir(Path(folder), step)
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -167,13 +193,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
             f"no checkpoint at '{path}': give a run's folder, a checkpoint's, or a weights file (a run that builds on "
             "another one's needs that one first)"
         )
-    for name in (MODEL, *FOREIGN):
+    for name in (MODEL, PARTS, *FOREIGN):
         if (path / name).is_file():
             return path / name
     found = best_or_newest(path)
     if found is None:
         raise CheckpointError(f"'{path}' holds neither {MODEL} nor a complete checkpoint in {FOLDER}/")
-    return found / MODEL
+    return weights_file(found)
 
 
 def is_better(value: float, best: float | None, mode: str) -> bool:

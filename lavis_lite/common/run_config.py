@@ -58,6 +58,11 @@ class RunConfig:
     eval_every: int = 0
     save_every: int = 0
     save_minutes: float | None = None
+    # whole: one file, written by the first process. sharded: each process writes its part, where there are several.
+    # auto: sharded under strategies that keep parts anyway.
+    save_format: Literal["auto", "whole", "sharded"] = "auto"
+    # Write while training goes on, from a copy in the machine's memory. auto: where training is on a GPU.
+    save_async: bool | Literal["auto"] = "auto"
     keep_last: int = 2
     best_metric: str | None = None
     best_mode: Literal["max", "min"] = "max"

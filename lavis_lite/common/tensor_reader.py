@@ -1,7 +1,7 @@
 """Weight files of any size read tensor by tensor: their shapes are known before a byte of them is read.
 
-Understood: .safetensors, torch's .pth/.pt/.bin (`weights_only`, so that nothing in them is run), and the
-index.json of a model in several such files.
+Understood: .safetensors, torch's .pth/.pt/.bin (`weights_only`, so that nothing in them is run), the index.json of a
+model in several such files, and the .metadata of a checkpoint that several processes wrote (`tensor_parts`).
 """
 
 from __future__ import annotations
@@ -207,10 +207,14 @@ class ShardedFiles(TensorStore):
 
 
 def open_tensors(path: str | Path) -> TensorStore:
-    """The named tensors of a weights file or of an index.json; CheckpointError when it can't be read."""
+    """The named tensors of a weights file or of an index; CheckpointError when it can't be read."""
+    from lavis_lite.common.tensor_parts import MODEL_PARTS, PARTS, StoredParts
+
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no weights file at '{path}'")
+    if path.name == PARTS:
+        return StoredParts(path.parent, MODEL_PARTS)
     if path.suffix == ".json":
         return ShardedFiles(path)
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as torch_dist
@@ -24,7 +24,11 @@ class Strategy:
     """What the runner asks of a strategy; keywords of a subclass's `__init__` are `run.strategy_options`.
 
     Every method is called on all ranks at the same time.
+
+    keeps_parts: whether each rank has only a part of what a checkpoint holds.
     """
+
+    keeps_parts: ClassVar[bool] = False
 
     def prepare(
         self, model: nn.Module, device: torch.device, *, betas: tuple[float, float], **grouping: float
@@ -59,18 +63,37 @@ class Strategy:
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def model_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model, whole, on the main process; elsewhere it may be empty."""
+    def model_parts(self, model: nn.Module) -> dict[str, Tensor]:
+        """What this rank has of a checkpoint's model tensors: DTensors where they are sharded, else whole ones."""
         tensors: dict[str, Tensor] = model.trainable_state_dict()  # type: ignore[operator]  # a BaseModel's
         return tensors
 
-    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The optimiser's state as `optim.optimizer_tensors` names it; whole where `model_tensors` is."""
+    def optimizer_parts(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What this rank has of the optimiser's state as `optim.optimizer_tensors` names it, as of `model_parts`."""
         return optim.optimizer_tensors(optimizer)
+
+    def model_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model, whole, on the main process; elsewhere it may be empty."""
+        return self.model_parts(model)
+
+    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The optimiser's state, whole where `model_tensors` is."""
+        return self.optimizer_parts(optimizer)
 
     def load_optimizer_tensors(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `optimizer_tensors` gave under any strategy, from whole tensors on every rank."""
         optim.load_optimizer_tensors(optimizer, dict(tensors))
+
+
+def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of a model's tensors by name, those that are parameters named before: {name: the first name}."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    tied = {}
+    for name in names:
+        if name in parameters and (known := first.setdefault(id(parameters[name]), name)) != name:
+            tied[name] = known
+    return tied
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as torch_dist
@@ -31,6 +31,8 @@ class FairscaleStrategy(Strategy):
         checkpoint_blocks: recompute the activations of encoder and language model blocks in the backward pass
             (fairscale's `checkpoint_wrapper`).
     """
+
+    keeps_parts: ClassVar[bool] = True
 
     def __init__(self, *, checkpoint_blocks: bool = False) -> None:
         self.checkpoint_blocks = checkpoint_blocks
@@ -81,9 +83,13 @@ class FairscaleStrategy(Strategy):
         own = [p for group in self.oss.partition_parameters()[dist.rank()] for p in group["params"]]
         return clip_shards([p.grad for p in own if p.grad is not None], [], max_norm, own[0].device)
 
+    def optimizer_parts(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The state of the parameters that this rank updates."""
+        return dict(optim.state_tensors(self._names(), self.oss.optim))
+
     def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Sent to the main process by those who update the parameters."""
-        mine = {name: tensor.cpu() for name, tensor in optim.state_tensors(self._names(), self.oss.optim)}
+        mine = {name: tensor.cpu() for name, tensor in self.optimizer_parts(optimizer).items()}
         parts: list[Any] | None = [None] * dist.world_size() if dist.is_main() else None
         torch_dist.gather_object(mine, parts)
         return {name: tensor for part in parts or [] for name, tensor in part.items()}

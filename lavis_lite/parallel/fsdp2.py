@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
-from lavis_lite.parallel.base import Strategy, clip_shards, trained
+from lavis_lite.parallel.base import Strategy, clip_shards, tied_names, trained
 from lavis_lite.parallel.blocks import transformer_blocks
 
 
@@ -48,6 +48,8 @@ class FSDP2Strategy(Strategy):
         cpu_offload: parts wait in the machine's own memory, and the optimiser runs there: slow, and the least GPU
             memory there is.
     """
+
+    keeps_parts: ClassVar[bool] = True
 
     def __init__(self, *, cpu_offload: bool = False) -> None:
         if not hasattr(FSDPModule, "reset_iter_state"):
@@ -130,20 +132,15 @@ class FSDP2Strategy(Strategy):
 
     def model_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Gathered one by one, so that no rank ever holds them all but the main one, on its CPU."""
-        names: dict[int, list[str]] = {}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        tensors = super().model_tensors(model)
-        gathered: dict[int, Tensor] = {}
-        for name, tensor in tensors.items():
-            key = id(parameters.get(name, tensor))
-            if key not in gathered:  # tied weights are gathered once and stay tied
-                gathered[key] = _whole_on_main(tensor)
-            names.setdefault(key, []).append(name)
-        return {name: gathered[key] for key, own in names.items() for name in own} if dist.is_main() else {}
+        parts = self.model_parts(model)
+        tied = tied_names(model, parts)
+        # Tied weights are gathered once and stay tied.
+        whole = {name: _whole_on_main(tensor) for name, tensor in parts.items() if name not in tied}
+        return {name: whole[tied.get(name, name)] for name in parts} if dist.is_main() else {}
 
     def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Gathered one by one."""
-        tensors = {name: _whole_on_main(x) for name, x in optim.optimizer_tensors(optimizer).items()}
+        tensors = {name: _whole_on_main(x) for name, x in self.optimizer_parts(optimizer).items()}
         return tensors if dist.is_main() else {}
 
     def load_optimizer_tensors(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
 from lavis_lite.runners.faults import naming_lost_ranks
+from lavis_lite.runners.saving import CheckpointSaver
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
 from lavis_lite.tasks.base import RunFacts
@@ -50,6 +51,8 @@ class Runner:
         self.results: list[ev.Result] = []
         self.saved: Path | None = None
         self.log_file: RunLog | None = None
+        # Closed after a run and after an error: a rank may end without another chance.
+        self.files = ExitStack()
         self.state = TrainState()
         self.max_steps = 0
         self.stopping = self.save_wished = False
@@ -68,7 +71,7 @@ class Runner:
         stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
         """
         dist.init(self.cfg.run.timeout)
-        with self._log_closed(), naming_lost_ranks(self._where):
+        with self.files, naming_lost_ranks(self._where):
             if self._set_up():
                 with self.signals, self.progress:
                     if self._owes_evaluation():
@@ -77,6 +80,7 @@ class Runner:
                     while not self.finished and not self.stopping:
                         self.train_step(batches)
                         self.log()
+                        self.saver.check()
                         if self._is_due(self.cfg.run.eval_every):
                             self.validate()
                         if self._save_is_due():
@@ -92,15 +96,6 @@ class Runner:
         return self.parts.loader.batches(
             self.state.step * self.cfg.run.accum_grad_iters, self.state.stream_places
         )
-
-    @contextmanager
-    def _log_closed(self) -> Iterator[None]:
-        """Afterwards, also after an error, the log is whole on the disk: a rank may end without another chance."""
-        try:
-            yield
-        finally:
-            if self.log_file is not None:
-                self.log_file.close()
 
     def _where(self) -> str:
         """Where the run is, for the message of one that can't go on."""
@@ -121,7 +116,10 @@ class Runner:
         run = self.cfg.run
         if dist.is_main():
             self.log_file = RunLog(self.run_dir, last_step=self.state.step, tensorboard=run.tensorboard)
+            self.files.callback(self.log_file.close)
         self.parts = build_parts(self.cfg, start)
+        self.saver = CheckpointSaver(self.run_dir, run, self.parts.strategy, self.parts.device)
+        self.files.callback(self.saver.close)
         self.max_steps = self.parts.max_steps
         ev.check_splits(self.parts.datasets, run.valid_splits, where="run.valid_splits", required=False)
         if self.saved is not None:
@@ -206,7 +204,7 @@ class Runner:
             raise TrainingError(
                 f"{state.skipped_in_row} steps in a row up to step {state.step + 1} had a loss or gradient "
                 f"that is not finite (run.max_skipped={self.cfg.run.max_skipped}); last good checkpoint: "
-                f"{self.saved or 'none yet'}; try a lower run.init_lr, run.max_grad_norm=1.0 or "
+                f"{ckpt.newest(self.run_dir) or 'none yet'}; try a lower run.init_lr, run.max_grad_norm=1.0 or "
                 "run.precision=fp32"
             )
 
@@ -262,6 +260,7 @@ class Runner:
     def validate(self) -> None:
         """Evaluate the validation splits, log their metrics, and note a new best."""
         run, state = self.cfg.run, self.state
+        self.saver.wait()  # evaluation forks workers, which must not happen in the middle of a write
         with self.parts.strategy.whole(self.parts.wrapped):
             self.results = ev.evaluate_splits(
                 self.parts, run.valid_splits, seed=run.seed, final=self.finished, folder=self.run_dir
@@ -285,37 +284,24 @@ class Runner:
             logger.info("best so far: %s %.4f at step %d", run.best_metric, value, state.step)
 
     def save(self) -> None:
-        """Write this step's checkpoint; keep the newest keep_last and the best."""
-        run, state, parts = self.cfg.run, self.state, self.parts
-        # Where they are sharded all ranks take part in putting them together.
-        weights = parts.strategy.model_tensors(parts.model)
-        moments = parts.strategy.optimizer_tensors(parts.optimizer)
+        """Write this step's checkpoint, or begin to; keep the newest keep_last and the best."""
+        state, parts = self.state, self.parts
         self._saved_at = time.monotonic()
-        folder = self.run_dir / ckpt.FOLDER
-        self.saved = ckpt.step_dir(folder, state.step)
         if parts.loader.has_streams:
             ranks = dist.gather_objects(parts.loader.places)
             state.stream_places = {key: tuple(place) for places in ranks for key, place in places.items()}
-        if not dist.is_main():
-            return
         state.scaler = parts.scaler.state_dict()
         content = {
             **state.to_dict(),
             "elapsed_s": self._elapsed(),
             "epoch": self._epoch(),
-            "batches": state.step * run.accum_grad_iters,
+            "batches": state.step * self.cfg.run.accum_grad_iters,
             "max_steps": self.max_steps,
             "versions": resume.versions(),
             "frozen_from": str(parts.model.frozen_from) if parts.model.frozen_from else None,
         }
-        ckpt.save_checkpoint(
-            folder,
-            state.step,
-            model=weights,
-            optimizer=moments,
-            state=content,
-        )
-        ckpt.prune(folder, keep_last=run.keep_last, best_step=state.best["step"] if state.best else None)
+        best_step = state.best["step"] if state.best else None
+        self.saved = self.saver.save(state.step, parts.model, parts.optimizer, content, best_step=best_step)
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: only at the end) is to be done after this one."""
@@ -343,6 +329,7 @@ class Runner:
 
     def _finish(self) -> None:
         """After the loop: report a finished run, or say how to continue a stopped one."""
+        self.saver.wait()
         if self.finished:
             if not self.results:  # the run was finished before, but not reported
                 self.validate()

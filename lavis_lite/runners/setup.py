@@ -131,7 +131,7 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     )
     scaler = strategy.scaler(base.device, enabled=base.precision == "fp16")
     if start.checkpoint is not None:
-        strategy.load_optimizer_tensors(optimizer, ckpt.load_tensors(start.checkpoint / ckpt.OPTIMIZER))
+        strategy.load_optimizer_tensors(optimizer, ckpt.open_optimizer(start.checkpoint))
         if state.scaler:
             scaler.load_state_dict(state.scaler)
     schedule = schedule_class(

@@ -1,0 +1,34 @@
+"""Two ranks whose second can't write its part of a checkpoint; `python -m tests.narrow_disk_scenario FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from runner_helpers import config
+from strategy_scenario import ranks
+
+from lavis_lite.common.errors import CheckpointError
+from lavis_lite.runners.runner import Runner
+
+
+def main(folder: Path) -> None:
+    """Leave in each rank's file what its training ended with."""
+    cfg = config(folder, strategy="fsdp2", save_every=2, save_async=folder.name == "behind")
+    for rank in ranks(2):
+        if rank == 1:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            Runner(cfg).train()
+        except (CheckpointError, SystemExit) as error:
+            (folder / f"rank{rank}").write_text(f"{type(error).__name__}: {error}")
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
