@@ -17,9 +17,7 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import show, surroundings
+from timing import run_processes, show, surroundings
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_lite.common import dist, optim
@@ -127,19 +125,7 @@ def run_case(args: argparse.Namespace, batch: int, precision: str, world_size: i
     command = [sys.executable, __file__, "--worker", "--batch-sizes", str(batch), "--precisions", precision]
     command += ["--cfg-path", args.cfg_path, "--device", args.device, "--steps", str(args.steps)]
     command += ["--compile"] * args.compile + (["--options", *args.options] if args.options else [])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    workers = []
-    for rank in range(world_size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        ranks |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **(ranks if world_size > 1 else {})}
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [worker.communicate()[0] for worker in workers]
-    if any(worker.returncode for worker in workers):
-        raise SystemExit(f"batch {batch} in {precision} with {world_size} processes failed")
-    parts = [json.loads(output.splitlines()[-1]) for output in outputs]
+    parts = run_processes(command, world_size)
     seconds = max(part["seconds"] for part in parts)
     flop, top = parts[0]["flop"], parts[0]["ceiling"]
     case = {

@@ -1,11 +1,14 @@
-"""What the benchmarks share: rounds that alternate, what they ran on, and where the result goes."""
+"""What the benchmarks share: rounds that alternate, processes, what they ran on, and where the result goes."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,23 @@ def time_alternately(sides: Mapping[str, Callable[[], object]], rounds: int) -> 
         "ratio_range": [min(ratios), max(ratios)],
         "ratio_cpu_time": statistics.median(cpu_ratios),
     }
+
+
+def run_processes(command: Sequence[str], world_size: int) -> list[Any]:
+    """What each of several processes, which know of each other as under torchrun, printed last, as JSON."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    workers = []
+    for rank in range(world_size):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        ranks |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **(ranks if world_size > 1 else {})}
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise SystemExit(f"failed with {world_size} processes: {' '.join(command)}")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def surroundings() -> dict[str, Any]:

@@ -90,3 +90,15 @@ def test_shards_are_measured_against_files(monkeypatch: pytest.MonkeyPatch, tmp_
     importlib.import_module("shards").main([*small, "--seconds", "0.1", "--json", str(result)])
     measured = json.loads(result.read_text())
     assert len(measured["rates"]) == 4 and min(measured["ms_per_image"].values()) > 0
+
+
+@pytest.mark.slow
+def test_saving_is_measured_for_every_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    saving, result = importlib.import_module("saving"), tmp_path / "result.json"
+    saving.main(["--layers", "1", "--rounds", "1", "--folder", str(tmp_path), "--json", str(result)])
+    ways = json.loads(result.read_text())["ways"]
+    assert list(ways) == ["whole", "sharded", "behind"]
+    assert all(0 < way["still_s"] <= way["written_s"] for way in ways.values())
+    assert list(tmp_path.iterdir()) == [result]

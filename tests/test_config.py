@@ -165,6 +165,12 @@ def test_what_is_expected_is_checked_and_kept(tmp_path: Path) -> None:
             load_config(STAGE1, [f"expected={section}"])
 
 
+@pytest.mark.parametrize("text", ["Question: {} Answer:", "a: b", 'Say "it": {}', "ends:"])
+def test_texts_with_colons_need_no_quotes(text: str) -> None:
+    assert parse_options([f"model.prompt={text}", "a=1"]) == {"model": {"prompt": text}, "a": 1}
+    assert parse_options(["a={b: c}", "d='x: y'"]) == {"a": {"b": "c"}, "d": "x: y"}
+
+
 def test_options_are_read_as_yaml() -> None:
     assert parse_options(["a.b=[1, x]", "a.c=true", "d=1e-4", "e=null"]) == {
         "a": {"b": [1, "x"], "c": True},

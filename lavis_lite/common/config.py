@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -169,7 +170,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Nested plain containers from `key.subkey=value` strings; values are read as YAML."""
+    """Nested plain containers from `key.subkey=value` strings; values are read as YAML.
+
+    A text with a colon in it needs no quotes (model.prompt=Question: {} Answer:); mappings are written in braces.
+    """
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or not key:
@@ -177,11 +181,18 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
                 f"option '{option}' is not of the form key.subkey=value, e.g. run.max_steps=100"
             )
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)), resolve=False)
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([_quoted(o) for o in options]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"options {' '.join(options)}: {' '.join(str(error).split())}") from error
     assert isinstance(parsed, dict)
     return {str(key): value for key, value in parsed.items()}
+
+
+def _quoted(option: str) -> str:
+    """The option, its value in quotes where YAML would take a text with a colon for a mapping, or for an error."""
+    key, _, value = option.partition("=")
+    is_text = ": " in f"{value} " and value[:1] not in ("{", "[", '"', "'")
+    return f"{key}={json.dumps(value)}" if is_text else option
 
 
 def load_model_preset(model: Mapping[str, Any]) -> dict[str, Any]:
