@@ -2,7 +2,7 @@
 
     python benchmarks/saving.py --strategy fsdp2 --processes 2 --rounds 5 [--folder DIR] [--json result.json]
 
-What is saved is a Q-Former of BERT-base size with AdamW's moments (2.2 GB) below a tiny image encoder. In each round
+What is saved is a Q-Former of BERT-base size with AdamW's moments (1.8 GB) below a tiny image encoder. In each round
 every way saves once: `whole` gathers everything on the first process, which writes it; in `sharded` each process writes
 its part; `behind` does that while training could go on. "Stands still" is the time until `save` returns on the slowest
 process, "written" until the checkpoint is complete. The median over rounds, and its ratio to `whole`. The disk decides

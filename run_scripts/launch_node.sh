@@ -6,6 +6,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
 cd "$repository"
 
+# A mistake in the configuration is said once, here, and not by every process at every start.
+.venv/bin/python train.py "$@" --print-config > /dev/null
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 # So long a stopped process has to finish its step, or an evaluation, and to save; torchrun's own limit is 30 s.

@@ -72,6 +72,15 @@ def test_nodes_meet_at_the_head(checkout: Path) -> None:
     assert said.endswith("--max-restarts=0 train.py --cfg-path a file.yaml\n")
 
 
+@pytest.mark.parametrize("script", ["launch_node.sh", "launch_nodes.sh"])
+def test_a_wrong_configuration_is_said_once_and_nothing_is_started(checkout: Path, script: str) -> None:
+    wrong = 'echo "error: run.max_stepz"; exit 2'
+    check = f'#!/bin/sh\ncase "$*" in "train.py --cfg-path a file.yaml --print-config") {wrong};; *) echo 0;; esac\n'
+    _script(checkout / ".venv" / "bin" / "python", check.replace('max_stepz"', 'max_stepz" >&2'))
+    process = _start(checkout, script, NODES="1", HEAD="here:1")
+    assert _output(process) == "error: run.max_stepz\n" and process.returncode == 2
+
+
 def test_nodes_without_a_head_is_an_error(checkout: Path) -> None:
     process = _start(checkout, "launch_nodes.sh", NODES="2")
     assert "set HEAD to host:port" in _output(process) and process.returncode != 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lavis_lite.capfilt.weights import _digest
 from lavis_lite.common import checkpoint as ckpt
+from lavis_lite.common import tensor_parts
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.common.tensor_parts import PARTS, write_tied
 from lavis_lite.runners.runner import Runner
@@ -118,6 +119,18 @@ def test_parts_are_read_like_any_other_weights(parts: Path, tmp_path: Path) -> N
     file = next(parts.glob("*.distcp"))
     file.write_bytes(file.read_bytes() + b" ")
     assert before and _digest(parts / PARTS) not in (None, before)
+
+
+@pytest.mark.parametrize("room", [1, 28, 10**6])
+def test_parts_are_read_a_few_at_once(parts: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    whole = dict(ckpt.open_tensors(parts / PARTS))
+    monkeypatch.setattr(tensor_parts, "READ_BYTES", room)
+    loads, load = [], dcp.load
+    monkeypatch.setattr(dcp, "load", lambda wanted, **more: loads.append(len(wanted)) or load(wanted, **more))
+    assert_same_bits(dict(ckpt.open_tensors(parts / PARTS)), whole)
+    assert (
+        loads == {1: [1, 1, 1], 28: [2], 10**6: [2]}[room]
+    )  # b shares a's tensor, which may be gone by then
 
 
 def test_parts_that_cannot_be_read_are_named(parts: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,8 @@ from lavis_lite.common.tensor_reader import TensorStore
 PARTS = ".metadata"
 SUFFIX = ".distcp"
 TIED = "tied.json"
+# So much is read at once.
+READ_BYTES = 256 * 2**20
 # What the names of a checkpoint's tensors begin with.
 MODEL_PARTS, OPTIMIZER_PARTS = "model/", "optimizer/"
 
@@ -78,7 +80,7 @@ def write_tied(folder: Path, tied: Mapping[str, str]) -> None:
 
 
 class StoredParts(TensorStore):
-    """The tensors of a folder of parts whose names begin in one way; each is put together when it is asked for.
+    """The tensors of a folder of parts whose names begin in one way, put together when they are asked for.
 
     Args:
         folder: of `parts_writer`; the index in it is a pickle: as with any program, run only what you trust.
@@ -100,29 +102,43 @@ class StoredParts(TensorStore):
             raise CheckpointError(
                 f"'{folder / PARTS}' is no index of a checkpoint's parts: {error}"
             ) from error
-        names = [key.removeprefix(kind) for key in self._kept if key.startswith(kind)]
-        self._stored = {name: name for name in names} | self._tied(names)
+        self._names = [key.removeprefix(kind) for key in self._kept if key.startswith(kind)]
+        self._stored = {name: name for name in self._names} | self._tied()
+        self._at_hand: dict[str, Tensor] = {}
 
-    def _tied(self, names: Collection[str]) -> dict[str, str]:
+    def _tied(self) -> dict[str, str]:
         path = self.folder / TIED
         try:
             tied = dict(json.loads(path.read_text())) if path.is_file() else {}
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"'{path}' can't be read: {error}") from error
-        return {name: stored for name, stored in tied.items() if stored in names}
+        return {name: stored for name, stored in tied.items() if stored in self._names}
 
     def __getitem__(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        if stored not in self._at_hand:
+            self._at_hand = self._read_from(stored)
+        return self._at_hand[stored]
+
+    def _read_from(self, first: str) -> dict[str, Tensor]:
+        """A tensor and those after it, to READ_BYTES: torch plans a read anew for all names, however few it is for."""
         import torch.distributed.checkpoint as dcp
 
-        tensor = torch.empty_like(self.spec(name), device="cpu")
-        key = self.kind + self._stored[name]
+        tensors: dict[str, Tensor] = {}
+        room = READ_BYTES
+        for name in self._names[self._names.index(first) :]:
+            room -= self.spec(name).nbytes
+            if room < 0 and tensors:
+                break
+            tensors[name] = torch.empty_like(self.spec(name), device="cpu")
         try:
             with _in_one_line(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+                wanted: dict[str, Any] = {self.kind + name: tensor for name, tensor in tensors.items()}
+                dcp.load(wanted, storage_reader=self._reader, no_dist=True)
         except (PartsError, OSError) as error:
-            raise CheckpointError(f"'{self.folder}': the parts of {name} can't be read: {error}") from error
-        return tensor
+            raise CheckpointError(f"'{self.folder}': the parts of {first} can't be read: {error}") from error
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
