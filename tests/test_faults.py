@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,8 @@ def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_
     for process in (calm, agent):
         _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err[-3000:]
+    # torchrun stops the rank that is left as soon as it misses the other.
+    assert re.findall(r"error: rank (\d) of 2 ended", err) == ["0", "1", "0"], err[-3000:]
     assert _steps(folder) == STEPS
     newest = [
         list_checkpoints(tmp_path / name / "run" / "checkpoints")[-1][1] for name in ("calm", "disturbed")
@@ -135,6 +137,14 @@ def test_only_a_failed_exchange_means_a_lost_rank(text: str, lost: bool) -> None
     assert faults.is_lost_peer(RuntimeError(text)) is lost
 
 
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """SIGTERM means afterwards what it did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("present", "said"),
     [
@@ -144,7 +154,9 @@ def test_only_a_failed_exchange_means_a_lost_rank(text: str, lost: bool) -> None
         ([], "lost touch"),
     ],
 )
-def test_the_first_rank_left_speaks(present: list[int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_rank_left_speaks(
+    present: list[int], said: str, monkeypatch: pytest.MonkeyPatch, sigterm: None
+) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "rank", lambda: present[0] if present else 3)
     monkeypatch.setattr(dist, "roll_call", lambda: present)
@@ -153,6 +165,7 @@ def test_the_first_rank_left_speaks(present: list[int], said: str, monkeypatch: 
         faults.naming_lost_ranks(lambda: "at step 5"),
     ):
         raise RuntimeError("gloo: Connection closed by peer")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     if present:
         monkeypatch.setattr(dist, "rank", lambda: present[0] + 9)
         with pytest.raises(SystemExit), faults.naming_lost_ranks(lambda: "at step 5"):

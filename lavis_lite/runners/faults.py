@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch.distributed as torch_dist
@@ -21,6 +23,8 @@ def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
 
     where: tells the step, and what to go on from.
 
+    From then on SIGTERM is ignored: torchrun sends it as soon as it misses a rank, and the line would never be said.
+
     Raises TrainingError on that rank and SystemExit(1) on the others.
     """
     try:
@@ -28,6 +32,8 @@ def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if dist.world_size() == 1 or not is_lost_peer(error):
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         present = dist.roll_call()
         if present and present[0] != dist.rank():
             sys.exit(1)
