@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_lite.common.config import PRESETS, load_dataset_preset, load_model_preset, model_types
+from lavis_lite.common.config import PRESETS, load_dataset_preset, model_types
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.model_recipe import ModelRecipe, model_recipe
 from lavis_lite.common.registry import registry
 
 if TYPE_CHECKING:
@@ -18,25 +19,33 @@ Processors = dict[str, Callable[..., Any]]
 
 def load_model(
     name: str,
-    model_type: str,
+    model_type: str | None = None,
     is_eval: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
 ) -> BaseModel:
-    """The model `name` of type `model_type` with its preset's backbones and a checkpoint's weights.
+    """The model `name` of type `model_type` with its preset's backbones and a checkpoint's weights, or a run's model.
 
     Args:
-        name: a registered model, e.g. "blip2".
+        name: a registered model, e.g. "blip2"; without a type, the folder of a run, whose configuration says how
+            its model is built, e.g. "output/my_run".
         model_type: one of its presets, e.g. "shapes" (`model_zoo` lists them).
         is_eval: put it in evaluation mode.
         device: where to put it, e.g. "cpu", "cuda:0", "mps".
         checkpoint: a run's folder, a checkpoint's folder or a weights file; without it the Q-Former is
-            untrained unless the preset names a checkpoint.
+            untrained unless the preset names a checkpoint, and a run's model is its best.
 
     Raises UnknownNameError, ConfigError (no such type), CheckpointError (weights absent or not fitting).
     """
-    preset = load_model_preset({"arch": name, "model_type": model_type})
-    return _build(name, preset, is_eval, device, checkpoint)
+    return build_recipe(model_recipe(name, model_type, checkpoint), is_eval, device)
+
+
+def build_recipe(recipe: ModelRecipe, is_eval: bool, device: str) -> BaseModel:
+    """The model of a recipe, with its weights, on a device."""
+    from lavis_lite.models.base import build_model
+
+    model = build_model(recipe.model).to(device)
+    return model.eval() if is_eval else model.train()
 
 
 def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
@@ -46,7 +55,7 @@ def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
 
 def load_model_and_preprocess(
     name: str,
-    model_type: str,
+    model_type: str | None = None,
     is_eval: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
@@ -56,9 +65,8 @@ def load_model_and_preprocess(
     >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip2", "shapes", is_eval=True)
     >>> image = vis_processors["eval"](pil_image).unsqueeze(0)
     """
-    preset = load_model_preset({"arch": name, "model_type": model_type})
-    model = _build(name, preset, is_eval, device, checkpoint)
-    return model, *load_preprocess(preset.get("preprocess", {}))
+    recipe = model_recipe(name, model_type, checkpoint)
+    return build_recipe(recipe, is_eval, device), *load_preprocess(recipe.preprocess)
 
 
 def load_dataset(
@@ -116,18 +124,6 @@ class ModelZoo:
         lines = [f"{'model':<{width}}  types", "-" * (width + 40)]
         lines += [f"{name:<{width}}  {', '.join(types) or '-'}" for name, types in self.model_zoo.items()]
         return "\n".join(lines)
-
-
-def _build(
-    name: str, preset: Mapping[str, Any], is_eval: bool, device: str, checkpoint: str | Path | None
-) -> BaseModel:
-    from lavis_lite.models.base import build_model
-
-    model_cfg = {**preset.get("model", {}), "arch": name}
-    if checkpoint is not None:
-        model_cfg["pretrained"] = str(checkpoint)
-    model = build_model(model_cfg).to(device)
-    return model.eval() if is_eval else model.train()
 
 
 def _processors(config: Mapping[str, Any], kind: str) -> Processors:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lavis_lite.api import load_model_and_preprocess
+from lavis_lite.api import build_recipe, load_preprocess
 from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.io import atomic_write
+from lavis_lite.common.model_recipe import model_recipe
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import read_image
-from lavis_lite.generate import name_and_type
 from lavis_lite.models.explain import Explanation, Method, Score, check_request
 from lavis_lite.tasks.explain_page import explain_page
 
@@ -33,14 +33,14 @@ def explain_file(
     """Write the page about a picture and texts.
 
     Args:
-        model: name/type, e.g. "blip2/shapes". Others as of `Blip2QFormer.explain`.
+        model: name/type, e.g. "blip2/shapes", or a run's folder. Others as of `Blip2QFormer.explain`.
 
     Returns: what the page shows.
     Raises ConfigError for a malformed name or a model without a matching head, DataError for a picture that can't be
     read, InputError as `Blip2QFormer.explain`; all before the model is built.
     """
-    name, model_type = name_and_type(model)
-    if not hasattr(registry.get_model_class(name), "explain"):
+    recipe = model_recipe(model, checkpoint=checkpoint)
+    if not hasattr(registry.get_model_class(recipe.arch), "explain"):
         raise ConfigError(
             f"--model '{model}': only a model with a matching head can be explained, that is one of stage 1 "
             "such as blip2/pretrain (this one's weights come from such a model)"
@@ -50,9 +50,8 @@ def explain_file(
         shown = read_image(image)
     except UnreadableSample as error:
         raise DataError(f"--image '{image}': {error.reason}") from error
-    built, vision, language = load_model_and_preprocess(
-        name, model_type, True, str(choose_device(device)), checkpoint
-    )
+    built = build_recipe(recipe, True, str(choose_device(device)))
+    vision, language = load_preprocess(recipe.preprocess)
     stack = vision["eval"](shown).expand(len(texts), -1, -1, -1)
     found: list[Explanation] = cast(Any, built).explain(
         stack, [language["eval"](text) for text in texts], method=method, score=score, per_word=per_word

@@ -98,11 +98,10 @@ def answer_files(
 
 
 def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:
-    name, model_type = name_and_type(model)
     medium = Medium.of(place)
     paths = list(_files(images, medium))
     device = str(choose_device(place.device))
-    built, processors, _ = load_model_and_preprocess(name, model_type, True, device, place.checkpoint)
+    built, processors, _ = load_model_and_preprocess(model, None, True, device, place.checkpoint)
     if not hasattr(built, needs):
         raise ConfigError(f"--model '{model}': this model generates no text")
     read = medium.reader(processors["eval"])
@@ -148,16 +147,6 @@ class Medium:
 def _count(shown: dict[str, torch.Tensor]) -> int:
     (visual,) = shown.values()
     return len(visual)
-
-
-def name_and_type(model: str) -> tuple[str, str]:
-    """The two halves of what --model names; ConfigError for anything but name/type."""
-    name, slash, model_type = model.partition("/")
-    if not slash:
-        raise ConfigError(
-            f"--model '{model}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model)"
-        )
-    return name, model_type
 
 
 def _files(images: Sequence[str], medium: Medium) -> Iterator[Path]:

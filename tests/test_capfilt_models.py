@@ -239,7 +239,10 @@ def test_models_of_ours_are_loaded_by_name_type_and_checkpoint(monkeypatch: pyte
         build_captioner(named, CPU, "fp32")
     with pytest.raises(ConfigError, match="this model compares no texts with images"):
         build_ranker(named, CPU, "fp32")
-    assert asked == [("blip2_t5", "shapes", True, "cpu", "runs/a"), ("blip2", "shapes", True, "cpu", None)]
+    assert asked == [
+        ("blip2_t5/shapes", None, True, "cpu", "runs/a"),
+        ("blip2/shapes", None, True, "cpu", None),
+    ]
 
 
 def test_models_of_transformers_that_dont_fit_are_named(

@@ -175,8 +175,9 @@ def test_the_command_writes_a_page(
 ) -> None:
     save_picture(tmp_path / "a.png", 1)
     image = tiny_samples(1)["image"][0]
-    loaded = (model, {"eval": lambda picture: image}, {"eval": str.lower})
-    monkeypatch.setattr(command, "load_model_and_preprocess", lambda *_: loaded)
+    monkeypatch.setattr(command, "build_recipe", lambda *_: model)
+    processors = ({"eval": lambda picture: image}, {"eval": str.lower})
+    monkeypatch.setattr(command, "load_preprocess", lambda _: processors)
     out = tmp_path / "page.html"
     start = ["explain", "--model", "blip2/shapes", "--image", str(tmp_path / "a.png"), "--out", str(out)]
     main([*start, "--text", "A red dog", "a <b>cat</b>", "--per-word"])

@@ -128,6 +128,58 @@ run:
 
 @needs_coco_mini
 @pytest.mark.slow
+def test_photographs_retrieval_fine_tuning_search_and_explanation(
+    damaged: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """All of it with the run's folder as the name of a model that no preset describes."""
+    annotations, folder = damaged
+    command, cache = ("-m", "lavis_lite.cli"), tmp_path / "cache"
+    shaped = (
+        *("tokenizer", "--vocab-size", "400", "--captions", str(annotations)),
+        *("--out", str(tmp_path / "tokenizer")),
+    )
+    assert run(*command, *shaped, cache=cache).returncode == 0
+    model = tmp_path / "run"
+    options = (
+        *("model.vision_encoder.freeze=false", "run.lr_layer_decay=0.9", "task.name=retrieval"),
+        *(f"model.tokenizer={tmp_path / 'tokenizer'}", f"run.output_dir={model}"),
+        *(f"datasets.custom.{split}.annotations={annotations}" for split in ("train", "val", "test")),
+        *(f"datasets.custom.{split}.images={folder}" for split in ("train", "val", "test")),
+        "datasets.custom.train.split_captions=true",
+    )
+    project = ("--cfg-path", "projects/blip2/own_images.yaml", "--options", *SMALL_MODEL, *SHORT_RUN)
+    done = run("train.py", *project, *options, cache=cache)
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate.py", *project, *options, cache=cache)
+    assert done.returncode == 0 and "re-ranked" in done.stdout, done.stderr
+    metrics = json.loads((model / "evaluation/metrics.json").read_text())["metrics"]
+    assert metrics["test/num_images"] == 10 and 0 <= metrics["test/rerank/tr_r1"] <= 1
+    index, sheet, page = tmp_path / "index", tmp_path / "sheet.html", tmp_path / "page.html"
+    build = ("index", "build", "--images", str(folder), "--out", str(index), "--model", str(model))
+    done = run(*command, *build, "--num-workers", "0", cache=cache)
+    assert done.returncode == 0, done.stderr
+    search = ("index", "search", str(index), "--text", "a man on a horse", "--top", "3", "--rerank")
+    done = run(*command, *search, "--html", str(sheet), cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert sheet.read_text().count("data:image/") == 3
+    picture = sorted(folder.iterdir())[4]
+    explain = (
+        "explain",
+        "--model",
+        str(model),
+        "--image",
+        str(picture),
+        "--text",
+        "a horse",
+        "--out",
+        str(page),
+    )
+    done = run(*command, *explain, cache=cache)
+    assert done.returncode == 0 and "data:image/" in page.read_text(), done.stderr
+
+
+@needs_coco_mini
+@pytest.mark.slow
 def test_photographs_caption_fine_tuning(damaged: tuple[Path, Path], tmp_path: Path) -> None:
     annotations, folder = damaged
     write_llm_tokenizer(tmp_path / "llm", "opt")

@@ -101,7 +101,7 @@ def test_check_tells_what_is_there(place: Path, capsys: pytest.CaptureFixture[st
         ("search IDX --text a --top 0", 2, "at least one image is to be found"),
         ("search IDX --text a --checkpoint OTHER", 1, "was built by blip2/shapes with"),
         ("build --images nowhere --out new --model blip2/shapes", 1, "no such folder or tar file"),
-        ("build --images PICTURES --out new --model blip2", 2, "give a name and a type, e.g. blip2/shapes"),
+        ("build --images PICTURES --out new --model blip2", 2, "give a name and a type"),
         ("build --images PICTURES --out IDX --model blip2/shapes", 1, "there is an index at"),
         ("delete IDX nothing.png", 2, "'nothing.png' fits no image"),
     ],

@@ -32,11 +32,9 @@ class Captioner(Protocol):
 def build_captioner(settings: Settings, device: torch.device, precision: str) -> Captioner:
     """The captioner that the settings name, on a device; ConfigError or CheckpointError when there is none."""
     named = parse_model(settings.captioner, "captioner")
-    if named.model_type is None:
+    if not named.ours:
         return TransformersCaptioner(named.name, settings, device, precision)
-    model, processors, _ = load_model_and_preprocess(
-        named.name, named.model_type, True, str(device), named.checkpoint
-    )
+    model, processors, _ = load_model_and_preprocess(named.name, None, True, str(device), named.checkpoint)
     if not hasattr(model, "generate"):
         raise ConfigError(f"--captioner '{settings.captioner}': this model generates no text")
     return OurCaptioner(model, processors["eval"], settings, autocast(device, precision))

@@ -32,13 +32,11 @@ class Ranker(Protocol):
 def build_ranker(settings: Settings, device: torch.device, precision: str) -> Ranker:
     """The ranker that the settings name, on a device; ConfigError or CheckpointError when there is none."""
     named = parse_model(settings.ranker, "ranker")
-    if named.model_type is None:
+    if not named.ours:
         if settings.rank_by == "itm":
             raise ConfigError(f"--rank-by itm: '{settings.ranker}' has no matching head; --rank-by itc")
         return ClipRanker(named.name, device, precision)
-    model, vis, text = load_model_and_preprocess(
-        named.name, named.model_type, True, str(device), named.checkpoint
-    )
+    model, vis, text = load_model_and_preprocess(named.name, None, True, str(device), named.checkpoint)
     if not hasattr(model, "match_logits"):
         raise ConfigError(
             f"--ranker '{settings.ranker}': this model compares no texts with images; e.g. blip2/TYPE"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lavis_lite.common.binding import bind
 from lavis_lite.common.config import PRESETS, read_yaml
 from lavis_lite.common.errors import ConfigError, closest
+from lavis_lite.common.model_recipe import is_run
 
 FOLDER = PRESETS / "capfilt"
 HUGGING_FACE = "hf"
@@ -20,8 +21,9 @@ HUGGING_FACE = "hf"
 class Settings:
     """How captions are made, ranked and kept.
 
-    captioner: NAME/TYPE[:CHECKPOINT] of ours, or hf:NAME, an image-to-text model of transformers (hub or folder).
-    ranker: NAME/TYPE[:CHECKPOINT] of ours with ITC, or hf:NAME, a CLIP of transformers.
+    captioner: NAME/TYPE[:CHECKPOINT] or a run's folder of ours, or hf:NAME, an image-to-text model of transformers (hub
+        or folder).
+    ranker: NAME/TYPE[:CHECKPOINT] or a run's folder of ours with ITC, or hf:NAME, a CLIP of transformers.
     rank_by: itc, the cosine; itm, the probability of a match (ours only).
     num_captions: sampled for a picture. keep: so many of them and the web's own stay.
     top_p, temperature: of nucleus sampling. min_length, max_length: of a caption, in new tokens.
@@ -58,25 +60,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model as the command line names it. model_type: None for one of transformers."""
+    """A model as the command line names it: ours, as of `model_recipe`, or one of transformers."""
 
     name: str
-    model_type: str | None = None
     checkpoint: str | None = None
+    ours: bool = True
 
 
 def parse_model(text: str, role: str) -> ModelName:
-    """The model meant by NAME/TYPE[:CHECKPOINT] or hf:NAME; ConfigError for anything else."""
+    """The model meant by NAME/TYPE[:CHECKPOINT], a run's folder or hf:NAME; ConfigError for anything else."""
     if text.startswith(f"{HUGGING_FACE}:") and len(text) > len(HUGGING_FACE) + 1:
-        return ModelName(text.removeprefix(f"{HUGGING_FACE}:"))
+        return ModelName(text.removeprefix(f"{HUGGING_FACE}:"), ours=False)
+    if is_run(text):
+        return ModelName(text)
     model, _, checkpoint = text.partition(":")
     name, slash, model_type = model.partition("/")
     if not (name and slash and model_type):
         raise ConfigError(
-            f"--{role} '{text}': give NAME/TYPE[:CHECKPOINT], e.g. blip2/shapes:output/pretrain_stage1, or "
-            "hf:NAME, a model of transformers by its hub name or folder"
+            f"--{role} '{text}': give NAME/TYPE[:CHECKPOINT], e.g. blip2/shapes:output/pretrain_stage1, a run's "
+            "folder, or hf:NAME, a model of transformers by its hub name or folder"
         )
-    return ModelName(name, model_type, checkpoint or None)
+    return ModelName(model, checkpoint or None)
 
 
 def load_settings(preset: str | None, given: Mapping[str, Any]) -> Settings:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lavis_lite.api import load_model_preset
 from lavis_lite.capfilt.settings import Settings, parse_model
 from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.common.fingerprint import digest, file_digest
+from lavis_lite.common.model_recipe import model_recipe
 from lavis_lite.common.tensor_parts import PARTS
 from lavis_lite.common.tensor_parts import SUFFIX as PARTS_SUFFIX
 
@@ -24,14 +24,11 @@ def weights_of(settings: Settings) -> dict[str, str | None]:
 
 def _weights(text: str, role: str) -> str | None:
     named = parse_model(text, role)
-    if named.model_type is None:
+    if not named.ours:
         folder = Path(named.name).expanduser()
         return _digest(folder) if folder.is_dir() else _commit(named.name)
     try:
-        source = named.checkpoint
-        if source is None:
-            preset = load_model_preset({"arch": named.name, "model_type": named.model_type})
-            source = preset.get("model", {}).get("pretrained")
+        source = model_recipe(named.name, checkpoint=named.checkpoint).model.get("pretrained")
         return _digest(resolve_checkpoint(source)) if source else None
     except LavisLiteError:  # building the model says what is wrong, if there is anything left to do
         return None

@@ -11,7 +11,9 @@ from lavis_lite.commands.errors import one_line_errors
 def explain_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite explain") -> None:
     """Show where in a picture the evidence for a text lies, by a stage-1 model; a page of HTML."""
     parser = argparse.ArgumentParser(prog=prog, description=explain_main.__doc__)
-    parser.add_argument("--model", required=True, metavar="NAME/TYPE", help="e.g. blip2/shapes")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="NAME/TYPE, e.g. blip2/shapes, or a run's folder"
+    )
     parser.add_argument("--checkpoint", metavar="PATH", help="a run's folder or a weights file")
     parser.add_argument("--image", required=True, metavar="FILE", help="the picture")
     parser.add_argument(

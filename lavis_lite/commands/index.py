@@ -188,8 +188,8 @@ def _model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None
     parser.add_argument(
         "--model",
         required=required,
-        metavar="NAME/TYPE",
-        help=f"e.g. blip2/shapes, or --model blip2 --type shapes{said}",
+        metavar="MODEL",
+        help=f"NAME/TYPE, e.g. blip2/shapes, or a run's folder{said}",
     )
     parser.add_argument("--type", metavar="TYPE", help="the model's type, where --model has none")
     parser.add_argument("--checkpoint", metavar="PATH", help=f"a run's folder or a weights file{said}")
@@ -202,10 +202,13 @@ def _model_name(args: argparse.Namespace) -> str:
 
 def _choice(args: argparse.Namespace) -> ModelChoice:
     """The model that the index names, or what of it was named anew."""
+    from lavis_lite.common.model_recipe import is_run
     from lavis_lite.search import ModelChoice
     from lavis_lite.search.searcher import choice_of
 
     own = choice_of(args.index)
+    if args.model and is_run(args.model):
+        return ModelChoice(args.model, args.checkpoint)
     return ModelChoice(_model_name(args) if args.model else own.model, args.checkpoint or own.checkpoint)
 
 

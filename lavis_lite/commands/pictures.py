@@ -66,7 +66,9 @@ def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite an
 
 
 def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME/TYPE", help="e.g. blip2_t5/shapes")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="NAME/TYPE, e.g. blip2_t5/shapes, or a run's folder"
+    )
     parser.add_argument("--checkpoint", metavar="PATH", help="a run's folder or a weights file")
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument(

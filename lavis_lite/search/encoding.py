@@ -16,18 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_lite.api import load_model, load_preprocess
-from lavis_lite.common.config import load_model_preset
+from lavis_lite.api import build_recipe, load_preprocess
 from lavis_lite.common.device import autocast, choose_device, choose_precision
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.hub import PREFIX
+from lavis_lite.common.model_recipe import is_run, model_recipe
 
 NEEDED = ("query_features", "text_features", "match_logits", "project_image")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model: `name`/`type` such as "blip2/shapes", and a run's folder or a weights file."""
+    """Which model: `name`/`type` such as "blip2/shapes" with a checkpoint, or a run's folder; see `model_recipe`."""
 
     model: str
     checkpoint: str | None = None
@@ -91,22 +91,21 @@ def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = 
 
     Raises ConfigError for a model without stage-1 features, and what `load_model` raises.
     """
-    name, slash, model_type = choice.model.partition("/")
-    if not slash:
-        raise ConfigError(f"--model '{choice.model}': give a name and a type, e.g. blip2/shapes")
     where = choose_device(device)
     checkpoint = choice.checkpoint
     if checkpoint is not None and not checkpoint.startswith(PREFIX):
         checkpoint = str(Path(checkpoint).expanduser().absolute())
-    model = load_model(name, model_type, True, str(where), checkpoint)
+    recipe = model_recipe(choice.model, checkpoint=checkpoint)
+    model = build_recipe(recipe, True, str(where))
     if not all(hasattr(model, method) for method in NEEDED):
         raise ConfigError(f"--model '{choice.model}': search needs a stage-1 model, such as blip2/shapes")
-    preprocess = load_model_preset({"arch": name, "model_type": model_type}).get("preprocess", {})
-    vision, text = load_preprocess(preprocess)
+    vision, text = load_preprocess(recipe.preprocess)
     identity = {
-        "model": choice.model,
+        "model": str(Path(choice.model).expanduser().absolute()) if is_run(choice.model) else choice.model,
         "checkpoint": checkpoint,
-        "fingerprint": fingerprint(model, {kind: splits.get("eval") for kind, splits in preprocess.items()}),
+        "fingerprint": fingerprint(
+            model, {kind: splits.get("eval") for kind, splits in recipe.preprocess.items()}
+        ),
     }
     chosen = choose_precision(precision, where)
     return Encoder(model, vision["eval"], text.get("eval", str), identity, precision=chosen)

@@ -1,0 +1,71 @@
+"""How to build the model that somebody names, and how to prepare what it reads: a preset's, or a run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.common.config import import_file, load_model_preset, read_yaml
+from lavis_lite.common.errors import ConfigError
+
+RUN_CONFIG = "config.yaml"  # what a run leaves in its folder
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """model: a `model` section with `arch`, and with `pretrained` where weights are known. preprocess: the sections
+    `vis_processor` and `text_processor`."""
+
+    model: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
+
+    @property
+    def arch(self) -> str:
+        """The registered model's name."""
+        return str(self.model["arch"])
+
+
+def is_run(name: str | Path) -> bool:
+    """Whether that is a folder that training has made."""
+    return (Path(name).expanduser() / RUN_CONFIG).is_file()
+
+
+def model_recipe(
+    name: str, model_type: str | None = None, checkpoint: str | Path | None = None
+) -> ModelRecipe:
+    """The recipe of a model by name and type, or by "name/type", or of what a run's folder has trained.
+
+    Args:
+        checkpoint: weights, instead of a preset's, or of the best of the run's checkpoints.
+
+    Raises ConfigError for anything else, UnknownNameError for a name that isn't registered.
+    """
+    if model_type is None and is_run(name):
+        return _of_run(Path(name).expanduser(), checkpoint)
+    if model_type is None:
+        name, _, model_type = name.partition("/")
+    if not name or not model_type:
+        raise ConfigError(
+            f"model '{name}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model), or the "
+            "folder of a run"
+        )
+    preset = load_model_preset({"arch": name, "model_type": model_type})
+    model = {**preset.get("model", {}), "arch": name}
+    if checkpoint is not None:
+        model["pretrained"] = str(checkpoint)
+    return ModelRecipe(model, preset.get("preprocess", {}))
+
+
+def _of_run(folder: Path, checkpoint: str | Path | None) -> ModelRecipe:
+    """As evaluation builds it; pictures and texts are prepared as those of the run's first dataset."""
+    content = read_yaml(folder / RUN_CONFIG)
+    for file in content.get("imports") or []:
+        import_file(file, relative_to=folder)
+    model, datasets = content.get("model") or {}, content.get("datasets") or {}
+    if "arch" not in model or not datasets:
+        raise ConfigError(f"'{folder / RUN_CONFIG}' is not of a run: it has no model.arch, or no datasets")
+    first: Mapping[str, Any] = next(iter(datasets.values())) or {}
+    preprocess = {kind: first[kind] for kind in ("vis_processor", "text_processor") if first.get(kind)}
+    return ModelRecipe({**model, "pretrained": str(checkpoint or folder)}, preprocess)
