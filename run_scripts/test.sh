@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check: style, types, direction of imports, tests. Arguments go to pytest, e.g.: -m 'not slow' -k loader
+# Every check: style, types, direction of imports, tests on all cores. Arguments go to pytest: -m 'not slow' -k loader
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 cd "$repository"
@@ -7,4 +7,6 @@ cd "$repository"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports
-exec .venv/bin/python -m pytest "$@"
+# A process for each core needs one thread; a file stays with one process, for its fixtures may cost minutes.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile "$@"
