@@ -23,9 +23,9 @@ def test_a_name_and_a_type_mean_a_preset() -> None:
     assert model_recipe("blip2/shapes", checkpoint="x").model["pretrained"] == "x"
 
 
-@pytest.mark.parametrize("name", ["blip2", "blip2/", "/shapes", "nowhere"])
+@pytest.mark.parametrize("name", ["blip2", "blip2/", "/shapes", "/no/run"])
 def test_anything_else_is_one_line(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"give a name and a type.*or the folder of a run"):
+    with pytest.raises(ConfigError, match=rf"model '{name}': give a name and a type.*or the folder of a run"):
         model_recipe(name)
 
 

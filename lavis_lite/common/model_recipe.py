@@ -44,15 +44,14 @@ def model_recipe(
     """
     if model_type is None and is_run(name):
         return _of_run(Path(name).expanduser(), checkpoint)
-    if model_type is None:
-        name, _, model_type = name.partition("/")
-    if not name or not model_type:
+    arch, _, own_type = (name, "", model_type) if model_type else name.partition("/")
+    if not arch or not own_type:
         raise ConfigError(
             f"model '{name}': give a name and a type, e.g. blip2_t5/shapes (see lavis-lite names model), or the "
             "folder of a run"
         )
-    preset = load_model_preset({"arch": name, "model_type": model_type})
-    model = {**preset.get("model", {}), "arch": name}
+    preset = load_model_preset({"arch": arch, "model_type": own_type})
+    model = {**preset.get("model", {}), "arch": arch}
     if checkpoint is not None:
         model["pretrained"] = str(checkpoint)
     return ModelRecipe(model, preset.get("preprocess", {}))
