@@ -62,7 +62,7 @@ class Experiment:
         parser.add_argument("--arms", nargs="+", choices=self.arms, default=list(self.arms))
         parser.add_argument("--out", type=Path, default=Path("output") / self.name)
         parser.add_argument(
-            "--options", nargs="+", default=[], metavar="KEY=VALUE", help="for every run of every arm"
+            "--options", nargs="+", default=[], metavar="KEY=VALUE", help="for every run, below each arm's own"
         )
         args = parser.parse_args()
         results = {name: self.run(name, args.seeds, args.out, args.options) for name in args.arms}
@@ -78,10 +78,10 @@ class Experiment:
         """Metrics of an arm by seed, "-" where nothing is random."""
         arm = self.arms[name]
         if not arm.random:
-            return {"-": evaluate(arm, out / name, [*arm.options, *options])}
+            return {"-": evaluate(arm, out / name, [*options, *arm.options])}
         results = {}
         for seed in seeds:
-            folder, own = out / name / str(seed), [*arm.with_seed(seed), *options]
+            folder, own = out / name / str(seed), [*options, *arm.with_seed(seed)]
             if arm.trained:
                 command("train.py", arm, folder, [*own, f"run.seed={seed}"])
                 # The run's own weights, all of them, and not those it began with.
