@@ -36,6 +36,8 @@ FREE_RUN_KEYS = (
     "tensorboard",
     "runner",
     "keep_last",
+    "save_format",
+    "save_async",
     "timeout",
 )
 

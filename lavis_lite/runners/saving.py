@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ class CheckpointSaver:
         tensors |= {OPTIMIZER_PARTS + name: x for name, x in moments.items()}
         assert self._group is not None
         with ExitStack() as stack:
+            stack.enter_context(_told_by_main())
             folder = None
             if dist.is_main():
                 folder = stack.enter_context(ckpt.writing(self.folder, step, state))
@@ -148,14 +149,18 @@ class CheckpointSaver:
 
         def finish() -> None:
             with until_named:
-                try:
-                    write()
-                except PartsError:
-                    if dist.is_main():
-                        raise
-                    raise SystemExit(1) from None  # the main process says why
+                write()
 
         return finish
+
+
+@contextmanager
+def _told_by_main() -> Iterator[None]:
+    """All ranks meet the error of one that can't write its part, and the main process says it."""
+    try:
+        yield
+    except PartsError:
+        raise SystemExit(1) from None
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -62,7 +62,11 @@ class Experiment:
         parser.add_argument("--arms", nargs="+", choices=self.arms, default=list(self.arms))
         parser.add_argument("--out", type=Path, default=Path("output") / self.name)
         parser.add_argument(
-            "--options", nargs="+", default=[], metavar="KEY=VALUE", help="for every run, below each arm's own"
+            "--options",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="for every run, below each arm's own",
         )
         args = parser.parse_args()
         results = {name: self.run(name, args.seeds, args.out, args.options) for name in args.arms}
