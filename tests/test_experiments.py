@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "run_scripts" / "experiments"
 # In a process of its own: the configuration registers a model.
@@ -96,3 +97,15 @@ def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BLIND, str(EXPERIMENTS / "vqa_blind.yaml"), tests, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parents[1])
     assert done.returncode == 0, done.stderr
+
+
+def test_redundancy_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    redundancy = importlib.import_module("query_redundancy").redundancy
+    pictures = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, -1, 0, 0]])
+    same = redundancy(torch.stack([pictures, pictures, 2 * pictures], 1) + 7)
+    assert same["cosine"] == pytest.approx(1) and same["effective_rank"] == pytest.approx(2)
+    different = redundancy(torch.stack([pictures, pictures[:, [2, 3, 0, 1]]], 1))
+    assert different["cosine"] == pytest.approx(0) and different["effective_rank"] == pytest.approx(2)
+    one_sees_more = redundancy(torch.stack([pictures, pictures.roll(1, 0)], 1))
+    assert one_sees_more["effective_rank"] > 2 - 1e-6 and one_sees_more["cosine"] < 1
