@@ -28,7 +28,7 @@ def load_model(
 
     Args:
         name: a registered model, e.g. "blip2"; without a type, the folder of a run, whose configuration says how
-            its model is built, e.g. "output/my_run".
+            its model is built, e.g. "output/my_run"; Python files that it imports are run.
         model_type: one of its presets, e.g. "shapes" (`model_zoo` lists them).
         is_eval: put it in evaluation mode.
         device: where to put it, e.g. "cpu", "cuda:0", "mps".

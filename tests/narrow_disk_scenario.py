@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,14 +14,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runner_helpers import config
 from strategy_scenario import ranks
 
+from lavis_lite.common import io
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.runners.runner import Runner
+
+REMOVE = shutil.rmtree
 
 
 def main(folder: Path) -> None:
     """Leave in each rank's file what its training ended with."""
-    cfg = config(folder, strategy="fsdp2", save_every=2, save_async=folder.name == "behind")
+    behind = folder.name == "behind"
+    cfg = config(folder, strategy="fsdp2", save_every=2, save_async=behind, max_steps=3000 if behind else 4)
+    if behind:
+        Runner._save_is_due = lambda self: self.state.step == 2  # type: ignore[method-assign]
     for rank in ranks(2):
+        if rank == 0 and behind:
+            # It learns of the failure many steps after the other has.
+            io.shutil.rmtree = lambda path, **_: (time.sleep(1.0), REMOVE(path, ignore_errors=True))  # type: ignore
         if rank == 1:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))

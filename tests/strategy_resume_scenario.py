@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from runner_helpers import config
 from strategy_scenario import ranks
 
+from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.checkpoint import step_dir
+from lavis_lite.runners import saving
 from lavis_lite.runners.runner import Runner
 
 
@@ -32,6 +38,7 @@ class Way:
         return f"{self.strategy}-{self.world}-{self.save_format}-{self.save_async}"
 
 
+FOUR = Way("fsdp2", 4)
 DDP, FSDP2, FAIRSCALE, SINGLE = Way("ddp"), Way("fsdp2"), Way("fairscale"), Way("single", 1)
 WHOLE = [replace(way, save_format="whole") for way in (FSDP2, FAIRSCALE)]
 PARTS = Way("ddp", save_format="sharded", save_async=True)
@@ -48,6 +55,7 @@ CHANGES = [
     (PARTS, PARTS),
     (BEHIND[0], BEHIND[0]),
     (WHOLE[0], FSDP2),
+    (FOUR, FSDP2),
 ]
 STEPS, HALF = 4, 2
 
@@ -65,7 +73,20 @@ def run(folder: Path, way: Way) -> None:
             os._exit(1)
 
 
+def _late(write: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, some steps later."""
+
+    def wait_and_write(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        return write(*arguments)
+
+    return wait_and_write
+
+
 def main(folder: Path) -> None:
+    saving.write_parts = _late(saving.write_parts)
+    ckpt.save_tensors = _late(ckpt.save_tensors)
     for first in {first: None for first, _ in CHANGES} | dict.fromkeys((*WHOLE, *BEHIND)):
         run(folder / first.name, first)
     for first, second in CHANGES:

@@ -165,10 +165,16 @@ def test_what_is_expected_is_checked_and_kept(tmp_path: Path) -> None:
             load_config(STAGE1, [f"expected={section}"])
 
 
-@pytest.mark.parametrize("text", ["Question: {} Answer:", "a: b", 'Say "it": {}', "ends:"])
+@pytest.mark.parametrize(
+    "text", ["Question: {} Answer:", "a: b", 'Say "it": {}', "ends:", "{}: b", "😀: x", "[1, 2"]
+)
 def test_texts_with_colons_need_no_quotes(text: str) -> None:
     assert parse_options([f"model.prompt={text}", "a=1"]) == {"model": {"prompt": text}, "a": 1}
-    assert parse_options(["a={b: c}", "d='x: y'"]) == {"a": {"b": "c"}, "d": "x: y"}
+    assert parse_options(["a={b: c}", "d='x: y'", "e= {b: 1}"]) == {
+        "a": {"b": "c"},
+        "d": "x: y",
+        "e": {"b": 1},
+    }
 
 
 def test_options_are_read_as_yaml() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import pickle
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -12,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runner_helpers import assert_same_bits, config, start, weights
+from runner_helpers import ROOT, assert_same_bits, config, project, start, train_command, wait_for, weights
 from torch import Tensor
 
 from lavis_lite.capfilt.weights import _digest
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common import tensor_parts
 from lavis_lite.common.errors import CheckpointError
-from lavis_lite.common.tensor_parts import PARTS, write_tied
+from lavis_lite.common.tensor_parts import PARTS, PartsError, check_parts, write_tied
+from lavis_lite.runners import saving
 from lavis_lite.runners.runner import Runner
 
 SAVE = ckpt.save_tensors
@@ -68,6 +72,33 @@ def test_a_write_that_fails_in_the_background_ends_the_run_and_leaves_the_one_be
     assert [path.name for path in folder.iterdir()] == ["step_000002"]
     monkeypatch.setattr(ckpt, "save_tensors", SAVE)
     assert Runner(config(tmp_path, save_every=2)).train().step == 6
+
+
+def test_a_second_signal_does_not_end_a_write_in_the_background(tmp_path: Path) -> None:
+    """torchrun passes on what the scheduler has sent already."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=ROOT))
+    path = project(tmp_path, max_steps=400, save_every=0, save_async=True)
+    process = start([sys.executable, str(script), *train_command(path)[2:], "datasets.fake.seconds=0.01"])
+    log = tmp_path / "run" / "log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") > 3, 300)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob(".tmp-*")), 60)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGTERM" in err, err[-2000:]
+    assert [path.name[:5] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_"]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, "{root}")
+from lavis_lite.commands.run import train_main
+from lavis_lite.common import checkpoint as ckpt
+save = ckpt.save_tensors
+ckpt.save_tensors = lambda *arguments: (time.sleep(1.5), save(*arguments))
+train_main()
+"""
 
 
 def test_a_run_that_fails_keeps_what_was_being_written(
@@ -121,16 +152,57 @@ def test_parts_are_read_like_any_other_weights(parts: Path, tmp_path: Path) -> N
     assert before and _digest(parts / PARTS) not in (None, before)
 
 
-@pytest.mark.parametrize("room", [1, 28, 10**6])
-def test_parts_are_read_a_few_at_once(parts: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    whole = dict(ckpt.open_tensors(parts / PARTS))
-    monkeypatch.setattr(tensor_parts, "READ_BYTES", room)
-    loads, load = [], dcp.load
-    monkeypatch.setattr(dcp, "load", lambda wanted, **more: loads.append(len(wanted)) or load(wanted, **more))
-    assert_same_bits(dict(ckpt.open_tensors(parts / PARTS)), whole)
-    assert (
-        loads == {1: [1, 1, 1], 28: [2], 10**6: [2]}[room]
-    )  # b shares a's tensor, which may be gone by then
+def test_an_index_that_would_run_something_is_not_read(parts: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'evil'}",)
+
+    (parts / PARTS).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(
+        CheckpointError, match=r"no index of a checkpoint's parts: an index has no use for .*system"
+    ):
+        ckpt.open_tensors(parts / PARTS)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_parts_that_are_missing_before_a_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"12345")
+    check_parts(tmp_path, {"__0_0.distcp": 5})
+    for files in ({"__0_0.distcp": 6}, {"__0_0.distcp": 5, "__1_0.distcp": 1}):
+        with pytest.raises(PartsError, match=r"all machines must see run\.output_dir"):
+            check_parts(tmp_path, files)
+
+
+def test_torch_says_what_failed_in_one_line_and_hides_nothing() -> None:
+    def fail(*failures: BaseException) -> None:
+        with tensor_parts._in_one_line():
+            raise dcp.CheckpointException("x", {rank: (f, None) for rank, f in enumerate(failures)})
+
+    with pytest.raises(
+        PartsError, match=r"^process 0: \[Errno 28\] full; process 1: PytorchStreamWriter failed$"
+    ):
+        fail(OSError(28, "full"), RuntimeError("PytorchStreamWriter failed\nbacktrace"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
+    with pytest.raises(RuntimeError, match="TypeError"):
+        fail(TypeError("ours"))
+
+
+def test_every_tensor_that_ranks_hold_whole_is_written_by_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = [
+        {"a": torch.zeros(100), "b": torch.zeros(60), "c": torch.zeros(30), "own0": torch.zeros(1)},
+        {"a": torch.zeros(100), "b": torch.zeros(60), "c": torch.zeros(30), "own1": torch.zeros(500)},
+    ]
+    monkeypatch.setattr(
+        saving.dist, "gather_objects", lambda own: [{k: x.nbytes for k, x in h.items()} for h in held]
+    )
+    written = []
+    for rank, tensors in enumerate(held):
+        monkeypatch.setattr(saving.dist, "rank", lambda rank=rank: rank)
+        written.append(set(saving._shared_out(tensors)))
+    assert written == [{"a", "b", "c", "own0"}, {"own1"}]
 
 
 def test_parts_that_cannot_be_read_are_named(parts: Path) -> None:

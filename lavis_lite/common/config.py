@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError, closest
@@ -162,7 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections {', '.join(SECTIONS)}, got a {type(content).__name__}")
@@ -182,7 +182,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
             )
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([_quoted(o) for o in options]), resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"options {' '.join(options)}: {' '.join(str(error).split())}") from error
     assert isinstance(parsed, dict)
     return {str(key): value for key, value in parsed.items()}
@@ -191,8 +191,11 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 def _quoted(option: str) -> str:
     """The option, its value in quotes where YAML would take a text with a colon for a mapping, or for an error."""
     key, _, value = option.partition("=")
-    is_text = ": " in f"{value} " and value[:1] not in ("{", "[", '"', "'")
-    return f"{key}={json.dumps(value)}" if is_text else option
+    try:
+        is_text = isinstance(yaml.safe_load(value), dict) and not value.lstrip().startswith("{")
+    except yaml.YAMLError:
+        is_text = True
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_text else option
 
 
 def load_model_preset(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ processes, one too, tensor by tensor. torch.distributed.checkpoint takes most of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import pickle
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from functools import partial
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -24,53 +25,93 @@ from lavis_lite.common.tensor_reader import TensorStore
 PARTS = ".metadata"
 SUFFIX = ".distcp"
 TIED = "tied.json"
-# So much is read at once.
-READ_BYTES = 256 * 2**20
 # What the names of a checkpoint's tensors begin with.
 MODEL_PARTS, OPTIMIZER_PARTS = "model/", "optimizer/"
+# All that an index is made of, beside the names of element types. It is a pickle, which could else run anything.
+INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+}
 
 
 class PartsError(Exception):
     """A process couldn't write or read its part; which, and why, in one line."""
 
 
-def parts_writer(
-    folder: Path, tensors: Mapping[str, Tensor], group: torch_dist.ProcessGroup, *, background: bool
-) -> Callable[[], object]:
-    """What writes a folder of parts and returns once all processes have written theirs.
-
-    Every process of the group calls this and the result. What several hold whole is written by one of them.
+def write_parts(
+    folder: Path, tensors: Mapping[str, Tensor], group: torch_dist.ProcessGroup
+) -> Mapping[str, int]:
+    """Write this process's part into a folder, and wait until all processes of a group have written theirs.
 
     Args:
-        tensors: by full name; DTensors, of which this process has a part, or whole ones.
-        group: of gloo, and used for nothing else: a write in the background has exchanges of its own.
-        background: copy the tensors and begin now, so that they may change before the result is called.
+        tensors: by full name; DTensors, of which this process has a part, or whole ones that it is to write.
+        group: of gloo, and used for nothing else while this goes on.
 
-    The result raises PartsError, on every process, when one couldn't write.
+    Returns: the files of all processes, and how many bytes each has at least.
+    Raises PartsError, on every process, when the disk of one refuses.
     """
     import torch.distributed.checkpoint as dcp
 
-    write: Callable[[], object]
-    if background:
-        with _in_one_line():
-            write = cast(
-                "Any", dcp.async_save(dict(tensors), checkpoint_id=folder, process_group=group)
-            ).result
-    else:
-        write = partial(dcp.save, dict(tensors), checkpoint_id=folder, process_group=group)
-    return _in_one_line()(write)
+    with _in_one_line():
+        index = dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+    files: dict[str, int] = {}
+    places: Mapping[Any, Any] = index.storage_data or {}
+    for place in places.values():
+        end = place.offset + place.length
+        files[place.relative_path] = max(files.get(place.relative_path, 0), end)
+    return files
+
+
+def check_parts(folder: Path, files: Mapping[str, int]) -> None:
+    """Raise PartsError where a file that `write_parts` named isn't here, or is shorter."""
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise PartsError(
+                f"{name} isn't here as written: all machines must see run.output_dir as one folder"
+            )
 
 
 @contextlib.contextmanager
 def _in_one_line() -> Iterator[None]:
-    """torch's error is no Exception, and tells of all processes with their tracebacks."""
+    """torch's error is no Exception, tells of all processes with their tracebacks, and hides other kinds of error."""
     import torch.distributed.checkpoint as dcp
 
     try:
         yield
     except dcp.CheckpointException as error:
-        told = (f"process {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        failures = {rank: failure[0] for rank, failure in sorted(error.failures.items())}
+        for kind in (KeyboardInterrupt, SystemExit):
+            if any(isinstance(failure, kind) for failure in failures.values()):
+                raise kind from error
+        if not all(_is_of_disk(failure) for failure in failures.values()):
+            raise RuntimeError(f"torch.distributed.checkpoint failed: {failures}") from error
+        told = (f"process {rank}: {_first_line(failure)}" for rank, failure in failures.items())
         raise PartsError("; ".join(told)) from error
+
+
+def _is_of_disk(failure: BaseException) -> bool:
+    # torch's zip writer and reader say so in their own way.
+    return isinstance(failure, OSError) or (
+        isinstance(failure, RuntimeError) and "PytorchStream" in str(failure)
+    )
+
+
+def _first_line(failure: BaseException) -> str:
+    return str(failure).strip().split("\n")[0] or type(failure).__name__
 
 
 def write_tied(folder: Path, tied: Mapping[str, str]) -> None:
@@ -80,10 +121,10 @@ def write_tied(folder: Path, tied: Mapping[str, str]) -> None:
 
 
 class StoredParts(TensorStore):
-    """The tensors of a folder of parts whose names begin in one way, put together when they are asked for.
+    """The tensors of a folder of parts whose names begin in one way, each put together when it is asked for.
 
     Args:
-        folder: of `parts_writer`; the index in it is a pickle: as with any program, run only what you trust.
+        folder: of `write_parts`.
         kind: `MODEL_PARTS` or `OPTIMIZER_PARTS`.
 
     Raises CheckpointError when the index or a part can't be read.
@@ -92,53 +133,56 @@ class StoredParts(TensorStore):
     metadata: Mapping[str, str] = {}
 
     def __init__(self, folder: Path, kind: str) -> None:
-        import torch.distributed.checkpoint as dcp
-
         self.folder, self.kind = folder, kind
-        self._reader = dcp.FileSystemReader(folder)
         try:
-            self._kept = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:  # the index is a pickle, whose faults are of any kind
+            self._index = _IndexUnpickler((folder / PARTS).open("rb")).load()
+            places = self._index.storage_data.items()
+            self._kept: Mapping[str, Any] = self._index.state_dict_metadata
+        except Exception as error:  # a pickle's faults are of any kind
             raise CheckpointError(
                 f"'{folder / PARTS}' is no index of a checkpoint's parts: {error}"
             ) from error
-        self._names = [key.removeprefix(kind) for key in self._kept if key.startswith(kind)]
-        self._stored = {name: name for name in self._names} | self._tied()
-        self._at_hand: dict[str, Tensor] = {}
+        self._places: dict[str, dict[Any, Any]] = {}
+        for part, place in places:
+            self._places.setdefault(part.fqn, {})[part] = place
+        names = [key.removeprefix(kind) for key in self._kept if key.startswith(kind)]
+        self._stored = {name: name for name in names} | self._tied(names)
 
-    def _tied(self) -> dict[str, str]:
+    def _tied(self, names: list[str]) -> dict[str, str]:
         path = self.folder / TIED
         try:
             tied = dict(json.loads(path.read_text())) if path.is_file() else {}
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"'{path}' can't be read: {error}") from error
-        return {name: stored for name, stored in tied.items() if stored in self._names}
+        return {name: stored for name, stored in tied.items() if stored in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._stored[name]
-        if stored not in self._at_hand:
-            self._at_hand = self._read_from(stored)
-        return self._at_hand[stored]
-
-    def _read_from(self, first: str) -> dict[str, Tensor]:
-        """A tensor and those after it, to READ_BYTES: torch plans a read anew for all names, however few it is for."""
-        import torch.distributed.checkpoint as dcp
-
-        tensors: dict[str, Tensor] = {}
-        room = READ_BYTES
-        for name in self._names[self._names.index(first) :]:
-            room -= self.spec(name).nbytes
-            if room < 0 and tensors:
-                break
-            tensors[name] = torch.empty_like(self.spec(name), device="cpu")
+        tensor = torch.empty_like(self.spec(name), device="cpu")
+        key = self.kind + self._stored[name]
         try:
             with _in_one_line(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                wanted: dict[str, Any] = {self.kind + name: tensor for name, tensor in tensors.items()}
-                dcp.load(wanted, storage_reader=self._reader, no_dist=True)
+                self._read(key, tensor)
         except (PartsError, OSError) as error:
-            raise CheckpointError(f"'{self.folder}': the parts of {first} can't be read: {error}") from error
-        return tensors
+            raise CheckpointError(f"'{self.folder}': the parts of {name} can't be read: {error}") from error
+        return tensor
+
+    def _read(self, key: str, into: Tensor) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        # Of the whole index torch makes a plan at every call, which takes longer than to read a tensor.
+        own = dataclasses.replace(
+            self._index,
+            state_dict_metadata={key: self._kept[key]},
+            storage_data=self._places[key],
+            planner_data={key: (key,)},
+        )
+
+        class Reader(dcp.FileSystemReader):
+            def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+                return own
+
+        dcp.load({key: into}, storage_reader=Reader(self.folder), no_dist=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -154,3 +198,11 @@ class StoredParts(TensorStore):
     def owner(self, name: str) -> Hashable:
         """The name under which the tensor is stored."""
         return self.folder, self._stored[name]
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"an index has no use for {module}.{name}")
+        return super().find_class(module, name)

@@ -109,7 +109,7 @@ def _start_from(cfg: Config, path: Path, last: Path | None) -> StartPoint:
     checkpoint = ckpt.newest(path) or path
     if not checkpoint.is_dir():
         raise CheckpointError(
-            f"run.resume: '{path}' is no checkpoint folder ({ckpt.MODEL}, {ckpt.OPTIMIZER}, {ckpt.STATE}); "
+            f"run.resume: '{path}' is no checkpoint folder ({ckpt.STATE} with {ckpt.MODEL} or {ckpt.PARTS}); "
             "to begin with its weights alone set model.pretrained"
         )
     state = TrainState.from_dict(ckpt.load_state(checkpoint))

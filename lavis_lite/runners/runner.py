@@ -68,7 +68,8 @@ class Runner:
         (exit code 130).
 
         Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
-        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row).
+        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row, or a lost rank, after which
+        this process ignores SIGTERM).
         """
         dist.init(self.cfg.run.timeout)
         with self.files, naming_lost_ranks(self._where):
@@ -80,12 +81,15 @@ class Runner:
                     while not self.finished and not self.stopping:
                         self.train_step(batches)
                         self.log()
-                        self.saver.check()
                         if self._is_due(self.cfg.run.eval_every):
                             self.validate()
                         if self._save_is_due():
                             self.save()
                     batches.close()
+                    self.saver.wait()
+                    if not self.finished:
+                        # torchrun ends all processes when one ends: not before all is saved, whatever signals come.
+                        dist.barrier()
                 self._finish()
         # Not after an error: other ranks may be waiting in a collective, and end because this one does.
         dist.shutdown()
@@ -170,12 +174,15 @@ class Runner:
 
     def _update(self, sums: Mapping[str, Tensor]) -> None:
         """Clip, check and apply the gradients. What ranks must agree on travels in one collective:
-        the scalars, whether to skip (a value not finite on one rank is so in the mean), stop and save."""
+        the scalars, whether to skip (a value not finite on one rank is so in the mean), stop, save and give up."""
         parts, run = self.parts, self.cfg.run
         parts.scaler.unscale_(parts.optimizer)
         norm = parts.strategy.clip_gradients(parts.optimizer, run.max_grad_norm)
-        wishes = {"_stop": float(self.signals.received is not None), "_save": float(self._minutes_are_over())}
-        values = dist.reduce_mean({**sums, "grad_norm": norm, **wishes})
+        wishes = {"_stop": self.signals.received is not None, "_save": self._minutes_are_over()}
+        wishes["_end"] = self.saver.failed
+        values = dist.reduce_mean({**sums, "grad_norm": norm, **{k: float(v) for k, v in wishes.items()}})
+        if values.pop("_end") > 0.0:
+            self.saver.end()
         self.stopping = values.pop("_stop") > 0.0
         self.save_wished = values.pop("_save") > 0.0
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -329,13 +336,11 @@ class Runner:
 
     def _finish(self) -> None:
         """After the loop: report a finished run, or say how to continue a stopped one."""
-        self.saver.wait()
         if self.finished:
             if not self.results:  # the run was finished before, but not reported
                 self.validate()
             self._report()
         else:
-            dist.barrier()  # torchrun ends all processes when one ends with an error: not before all is saved
             self._say_stopped()
 
     def _report(self) -> None:

@@ -8,24 +8,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common import dist
+from lavis_lite.common.errors import CheckpointError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.run_config import RunConfig
 from lavis_lite.common.tensor_parts import (
     MODEL_PARTS,
     OPTIMIZER_PARTS,
     PartsError,
-    parts_writer,
+    check_parts,
+    write_parts,
     write_tied,
 )
 from lavis_lite.parallel.base import Strategy, tied_names
+from lavis_lite.runners.faults import is_lost_peer
 
 logger = get_logger(__name__)
 
@@ -52,7 +56,12 @@ class CheckpointSaver:
             group = torch_dist.new_group(backend="gloo", timeout=timedelta(minutes=run.timeout))
             assert isinstance(group, torch_dist.ProcessGroup)
             self._group = group
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # The current device is each thread's own; torch.distributed.checkpoint waits for it.
+        set_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._worker = ThreadPoolExecutor(1, "checkpoint", *set_device)
+        self._is_main = (
+            dist.is_main()
+        )  # asked here: in the worker it could be amid an evaluation's `dist.local`
         self._pending: Future[None] | None = None
 
     def save(
@@ -64,16 +73,18 @@ class CheckpointSaver:
         *,
         best_step: int | None,
     ) -> Path:
-        """Write a checkpoint, or begin to; its path. The best and the newest `keep_last` stay.
+        """Write a checkpoint, or begin to; the path that it has once it is complete. The best and the newest
+        `keep_last` stay.
 
-        Raises CheckpointError when this one, or one begun before it, can't be written.
+        Raises CheckpointError when this one, or one begun before it, can't be written; SystemExit on ranks other than
+        the main one, which says why.
         """
         self._wait_for_the_one_before()
-        rest = (self._whole if self._group is None else self._parts)(step, model, optimizer, state)
+        write = (self._whole if self._group is None else self._parts)(step, model, optimizer, state)
 
         def finish() -> None:
-            rest()
-            if dist.is_main():
+            write()
+            if self._is_main:
                 ckpt.prune(self.folder, keep_last=self.keep_last, best_step=best_step)
 
         if self.background:
@@ -82,10 +93,10 @@ class CheckpointSaver:
             finish()
         return ckpt.step_dir(self.folder, step)
 
-    def check(self) -> None:
-        """Raise what a write in the background that is over has met."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether a write in the background is over and has met an error, which `wait` raises."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
         """Until nothing is being written; raises what the writing met."""
@@ -93,11 +104,23 @@ class CheckpointSaver:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def end(self) -> NoReturn:
+        """For a run that can't go on because a write has failed on some rank: raise why, or SystemExit on others."""
+        self.wait()
+        raise SystemExit(1)
+
     def close(self) -> None:
         """Until nothing is being written, whatever came of it: for a run that ends by another error."""
-        if self._pending is not None and isinstance(error := self._pending.exception(), Exception):
-            logger.warning("%s", error)
-        self._worker.shutdown()
+        try:
+            error = self._pending.exception() if self._pending is not None else None
+            if isinstance(error, CheckpointError):
+                logger.warning("%s", error)
+            elif isinstance(error, Exception) and not (
+                isinstance(error, RuntimeError) and is_lost_peer(error)
+            ):
+                logger.warning("a checkpoint could not be written", exc_info=error)
+        finally:
+            self._worker.shutdown()
 
     def _wait_for_the_one_before(self) -> None:
         began = time.monotonic()
@@ -109,11 +132,11 @@ class CheckpointSaver:
     def _whole(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     ) -> Callable[[], None]:
-        """All of it by the main process; elsewhere nothing is left to do."""
+        """What writes all of it on the main process, and nothing elsewhere."""
         # Where they are sharded all ranks take part in putting them together.
         weights = self.strategy.model_tensors(model)
         moments = self.strategy.optimizer_tensors(optimizer)
-        if not dist.is_main():
+        if not self._is_main:
             return lambda: None
         if self.background:
             tied = tied_names(model, weights)
@@ -129,38 +152,68 @@ class CheckpointSaver:
     def _parts(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     ) -> Callable[[], None]:
-        """What this rank has; the main process adds the state and gives the checkpoint its name."""
+        """What writes this rank's part; the main process adds the state and gives the checkpoint its name."""
         weights = self.strategy.model_parts(model)
         tied = tied_names(model, weights)
         tensors = {MODEL_PARTS + name: x for name, x in weights.items() if name not in tied}
         moments = self.strategy.optimizer_parts(optimizer)
-        tensors |= {OPTIMIZER_PARTS + name: x for name, x in moments.items()}
+        tensors = _shared_out(tensors | {OPTIMIZER_PARTS + name: x for name, x in moments.items()})
+        if self.background:
+            tensors = _copied(tensors)
         assert self._group is not None
+        group = self._group
         with ExitStack() as stack:
-            stack.enter_context(_told_by_main())
-            folder = None
-            if dist.is_main():
-                folder = stack.enter_context(ckpt.writing(self.folder, step, state))
-                write_tied(folder, tied)
-            folder = dist.broadcast_object(folder)
-            assert folder is not None
-            write = parts_writer(folder, tensors, self._group, background=self.background)
+            folder = stack.enter_context(self._common_folder(step, state))
             until_named = stack.pop_all()
 
-        def finish() -> None:
+        def write() -> None:
             with until_named:
-                write()
+                files = write_parts(folder, tensors, group)
+                if self._is_main:
+                    check_parts(folder, files)
+                    write_tied(folder, tied)
 
-        return finish
+        return write
+
+    @contextmanager
+    def _common_folder(self, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
+        """The temporary folder that the main process has made, and gives its name afterwards."""
+        with ExitStack() as stack:
+            made: Path | CheckpointError | None = None
+            if self._is_main:
+                try:
+                    made = stack.enter_context(ckpt.writing(self.folder, step, state))
+                except CheckpointError as error:
+                    made = error
+            folder = dist.broadcast_object(made)
+            if self._is_main and isinstance(made, CheckpointError):
+                raise made
+            if not isinstance(folder, Path):
+                raise SystemExit(1)
+            try:
+                yield folder
+            except PartsError:
+                if self._is_main:
+                    raise  # `writing` says what is left
+                raise SystemExit(1) from None
 
 
-@contextmanager
-def _told_by_main() -> Iterator[None]:
-    """All ranks meet the error of one that can't write its part, and the main process says it."""
-    try:
-        yield
-    except PartsError:
-        raise SystemExit(1) from None
+def _shared_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank is to write: its parts of DTensors, and of whole tensors those that no other rank writes.
+
+    A whole tensor goes to the one of its holders that has the fewest bytes so far, the largest first.
+    """
+    whole = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, DTensor)}
+    held = dist.gather_objects(whole)
+    sizes = {name: size for own in held for name, size in own.items()}
+    loads = [0] * len(held)
+    others = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        writer = min((rank for rank, own in enumerate(held) if name in own), key=loads.__getitem__)
+        loads[writer] += sizes[name]
+        if writer != dist.rank():
+            others.add(name)
+    return {name: x for name, x in tensors.items() if name not in others}
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

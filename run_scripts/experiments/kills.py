@@ -72,10 +72,10 @@ def launch(folder: Path, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={args.processes}", f"--max-restarts={args.kills}"]
     command += ["train.py", "--cfg-path", CONFIG, "--options", *SMALL, *args.options]
-    said = folder.with_suffix(".log").open("wb")
-    return subprocess.Popen(
-        [*command, f"run.output_dir={folder.resolve()}"], stdout=said, stderr=said, cwd=REPOSITORY
-    )
+    with folder.with_suffix(".log").open("wb") as said:
+        return subprocess.Popen(
+            [*command, f"run.output_dir={folder.resolve()}"], stdout=said, stderr=said, cwd=REPOSITORY
+        )
 
 
 def disturb(agent: subprocess.Popen[bytes], folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def disturb(agent: subprocess.Popen[bytes], folder: Path, args: argparse.Namespa
             time.sleep(2.0 * rng.random())
         rank = rng.randrange(args.processes)
         step, writing, killed = newest(folder), is_writing(folder), time.monotonic()
-        os.kill(ranks_of(agent.pid)[rank], signal.SIGKILL)
+        kill(agent, rank)
         until(agent, lambda step=step: newest(folder) > step)
         seconds = round(time.monotonic() - killed, 1)
         hits.append({"rank": rank, "after_step": step, "while_writing": writing})
@@ -102,6 +102,19 @@ def disturb(agent: subprocess.Popen[bytes], folder: Path, args: argparse.Namespa
         )
     wait_well(agent)
     return hits
+
+
+def kill(agent: subprocess.Popen[bytes], rank: int) -> None:
+    """SIGKILL for a rank; one that is just being started anew is waited for."""
+
+    def hit() -> bool:
+        try:
+            os.kill(ranks_of(agent.pid)[rank], signal.SIGKILL)
+        except (KeyError, OSError):
+            return False
+        return True
+
+    until(agent, hit)
 
 
 def wait_well(agent: subprocess.Popen[bytes]) -> None:
