@@ -8,13 +8,13 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from runner_helpers import config
 from strategy_scenario import ranks
 
-from lavis_lite.common import io
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.runners.runner import Runner
 
@@ -26,11 +26,13 @@ def main(folder: Path) -> None:
     behind = folder.name == "behind"
     cfg = config(folder, strategy="fsdp2", save_every=2, save_async=behind, max_steps=3000 if behind else 4)
     if behind:
-        Runner._save_is_due = lambda self: self.state.step == 2  # type: ignore[method-assign]
+        mock.patch.object(Runner, "_save_is_due", lambda self: self.state.step == 2).start()
     for rank in ranks(2):
         if rank == 0 and behind:
             # It learns of the failure many steps after the other has.
-            io.shutil.rmtree = lambda path, **_: (time.sleep(1.0), REMOVE(path, ignore_errors=True))  # type: ignore
+            mock.patch.object(
+                shutil, "rmtree", lambda path, **_: (time.sleep(1.0), REMOVE(path, True))
+            ).start()
         if rank == 1:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kills import is_writing, newest, ranks_of
 from runner_helpers import (
     assert_same_bits,
     free_port,
@@ -43,35 +44,13 @@ def _torchrun(path: Path, *options: str) -> subprocess.Popen[str]:
     return start(command)
 
 
-def _steps(folder: Path) -> int:
-    checkpoints = list_checkpoints(folder / "run" / "checkpoints")
-    return checkpoints[-1][0] if checkpoints else 0
-
-
-def _writing(folder: Path) -> bool:
-    return any((folder / "run" / "checkpoints").glob(".tmp-step*"))
-
-
-def _ranks(agent: int) -> dict[int, int]:
-    """Process ids of torchrun's own children, by rank."""
-    found = {}
-    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
-        try:
-            rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
-        except OSError:
-            continue
-        if rank:
-            found[int(rank[1])] = int(pid)
-    return found
-
-
 def _kill_when(agent: int, rank: int, condition: Callable[[], bool], pause: float = 0.0) -> None:
     end = time.monotonic() + 500
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.0005)
     time.sleep(pause)
-    os.kill(_ranks(agent)[rank], signal.SIGKILL)
+    os.kill(ranks_of(agent)[rank], signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -82,20 +61,22 @@ def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_
     disturbed, folder = _project(tmp_path / "disturbed"), tmp_path / "disturbed"
     agent = _torchrun(disturbed, "--max-restarts=5")
     rng = random.Random(SEED)
-    _kill_when(agent.pid, 0, lambda: _steps(folder) >= 2 and _writing(folder))
+    _kill_when(agent.pid, 0, lambda: newest(folder / "run") >= 2 and is_writing(folder / "run"))
     # A restarted rank imports torch for seconds before it makes its next checkpoint.
     for rank, step in ((1, 5), (0, 9)):
-        _kill_when(agent.pid, rank, lambda step=step: _steps(folder) >= step, pause=0.2 * rng.random())
+        _kill_when(
+            agent.pid, rank, lambda step=step: newest(folder / "run") >= step, pause=0.2 * rng.random()
+        )
     for process in (calm, agent):
         _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err[-3000:]
     # torchrun stops the rank that is left as soon as it misses the other.
     assert re.findall(r"error: rank (\d) of 2 ended", err) == ["0", "1", "0"], err[-3000:]
-    assert _steps(folder) == STEPS
-    newest = [
+    assert newest(folder / "run") == STEPS
+    ends = [
         list_checkpoints(tmp_path / name / "run" / "checkpoints")[-1][1] for name in ("calm", "disturbed")
     ]
-    assert_same_bits(*map(weights, newest))
+    assert_same_bits(*map(weights, ends))
 
 
 @pytest.mark.slow
@@ -105,7 +86,7 @@ def test_a_lost_rank_is_named_in_one_line(tmp_path: Path) -> None:
     command = [*train_command(path), "datasets.fake.seconds=0.05", "run.max_steps=500"]
     ranks = [start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", **common) for r in range(2)]
     try:
-        wait_for(lambda: _steps(tmp_path) >= 2, 500)
+        wait_for(lambda: newest(tmp_path / "run") >= 2, 500)
         ranks[1].kill()
         killed = time.monotonic()
         _, err = ranks[0].communicate(timeout=120)

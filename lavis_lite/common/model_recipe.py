@@ -10,7 +10,7 @@ from typing import Any
 from lavis_lite.common.config import import_file, load_model_preset, read_yaml
 from lavis_lite.common.errors import ConfigError
 
-RUN_CONFIG = "config.yaml"  # what a run leaves in its folder
+CONFIG_FILE = "config.yaml"  # what a run leaves in its folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelRecipe:
 
 def is_run(name: str | Path) -> bool:
     """Whether that is a folder that training has made."""
-    return (Path(name).expanduser() / RUN_CONFIG).is_file()
+    return (Path(name).expanduser() / CONFIG_FILE).is_file()
 
 
 def model_recipe(
@@ -59,12 +59,12 @@ def model_recipe(
 
 def _of_run(folder: Path, checkpoint: str | Path | None) -> ModelRecipe:
     """As evaluation builds it; pictures and texts are prepared as those of the run's first dataset."""
-    content = read_yaml(folder / RUN_CONFIG)
+    content = read_yaml(folder / CONFIG_FILE)
     for file in content.get("imports") or []:
         import_file(file, relative_to=folder)
     model, datasets = content.get("model") or {}, content.get("datasets") or {}
     if "arch" not in model or not datasets:
-        raise ConfigError(f"'{folder / RUN_CONFIG}' is not of a run: it has no model.arch, or no datasets")
+        raise ConfigError(f"'{folder / CONFIG_FILE}' is not of a run: it has no model.arch, or no datasets")
     first: Mapping[str, Any] = next(iter(datasets.values())) or {}
     preprocess = {kind: first[kind] for kind in ("vis_processor", "text_processor") if first.get(kind)}
     return ModelRecipe({**model, "pretrained": str(checkpoint or folder)}, preprocess)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import pickle
 import warnings
@@ -135,7 +136,7 @@ class StoredParts(TensorStore):
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
         try:
-            self._index = _IndexUnpickler((folder / PARTS).open("rb")).load()
+            self._index = _IndexUnpickler(io.BytesIO((folder / PARTS).read_bytes())).load()
             places = self._index.storage_data.items()
             self._kept: Mapping[str, Any] = self._index.state_dict_metadata
         except Exception as error:  # a pickle's faults are of any kind

@@ -17,10 +17,11 @@ from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
+from lavis_lite.common.model_recipe import CONFIG_FILE
 from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
-CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.yaml", "log.jsonl", "summary.json"
+LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
 FIXED_SECTIONS = ("model", "datasets", "task")
 FIXED_RUN_KEYS = ("seed", "train_split", "batch_size_train", "accum_grad_iters")

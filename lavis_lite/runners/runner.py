@@ -178,9 +178,12 @@ class Runner:
         parts, run = self.parts, self.cfg.run
         parts.scaler.unscale_(parts.optimizer)
         norm = parts.strategy.clip_gradients(parts.optimizer, run.max_grad_norm)
-        wishes = {"_stop": self.signals.received is not None, "_save": self._minutes_are_over()}
-        wishes["_end"] = self.saver.failed
-        values = dist.reduce_mean({**sums, "grad_norm": norm, **{k: float(v) for k, v in wishes.items()}})
+        wishes = {
+            "_stop": float(self.signals.received is not None),
+            "_save": float(self._minutes_are_over()),
+            "_end": float(self.saver.failed),
+        }
+        values = dist.reduce_mean({**sums, "grad_norm": norm, **wishes})
         if values.pop("_end") > 0.0:
             self.saver.end()
         self.stopping = values.pop("_stop") > 0.0

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common import dist
@@ -59,9 +58,8 @@ class CheckpointSaver:
         # The current device is each thread's own; torch.distributed.checkpoint waits for it.
         set_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._worker = ThreadPoolExecutor(1, "checkpoint", *set_device)
-        self._is_main = (
-            dist.is_main()
-        )  # asked here: in the worker it could be amid an evaluation's `dist.local`
+        # Asked here: the worker could ask amid an evaluation's `dist.local`.
+        self._is_main = dist.is_main()
         self._pending: Future[None] | None = None
 
     def save(
@@ -162,9 +160,8 @@ class CheckpointSaver:
             tensors = _copied(tensors)
         assert self._group is not None
         group = self._group
-        with ExitStack() as stack:
-            folder = stack.enter_context(self._common_folder(step, state))
-            until_named = stack.pop_all()
+        until_named = ExitStack()
+        folder = until_named.enter_context(self._common_folder(step, state))
 
         def write() -> None:
             with until_named:
@@ -203,6 +200,8 @@ def _shared_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A whole tensor goes to the one of its holders that has the fewest bytes so far, the largest first.
     """
+    from torch.distributed.tensor import DTensor  # most of a second, which only those who share pay
+
     whole = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, DTensor)}
     held = dist.gather_objects(whole)
     sizes = {name: size for own in held for name, size in own.items()}

@@ -120,7 +120,7 @@ def kill(agent: subprocess.Popen[bytes], rank: int) -> None:
 def wait_well(agent: subprocess.Popen[bytes]) -> None:
     """Until torchrun has ended, which must be without error."""
     if agent.wait() != 0:
-        raise SystemExit(f"torchrun failed: {' '.join(map(str, agent.args))}")  # type: ignore[arg-type]
+        raise SystemExit(f"torchrun failed: {agent.args}")
 
 
 def until(agent: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
@@ -149,7 +149,10 @@ def ranks_of(agent: int) -> dict[int, int]:
     """Process ids of torchrun's processes by rank."""
     found = {}
     for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
-        rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+        try:
+            rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+        except OSError:  # it has just ended
+            continue
         if rank:
             found[int(rank[1])] = int(pid)
     return found
