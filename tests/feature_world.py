@@ -1,7 +1,7 @@
 """A run with stored features in small: jpeg files, an encoder of one layer, files of few pictures each.
 
-A configuration names this file in `imports`; then $FEATURE_SHARD_BYTES sets the size of a file, and $FEATURE_SECONDS
-makes encoding slow.
+A configuration names this file in `imports`; then $FEATURE_SHARD_BYTES sets the size of a file, $FEATURE_SECONDS makes
+encoding slow, and $FEATURE_ROUNDED rounds what is encoded as bf16 files do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lavis_lite.common.config import Config, import_file, load_config
 from lavis_lite.datasets import feature_store
+from lavis_lite.models.vision.tower import VisionTower
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -40,6 +41,14 @@ if "FEATURE_SECONDS" in os.environ:
         return _forward(self, image)
 
     TinyPatches.forward = _slowly  # type: ignore[method-assign]
+
+if "FEATURE_ROUNDED" in os.environ:
+    _encode = VisionTower.forward
+
+    def _rounded(self: VisionTower, images: Any) -> Tensor:
+        return _encode(self, images).bfloat16().float()
+
+    VisionTower.forward = _rounded  # type: ignore[method-assign]
 
 
 def noise_pictures(folder: Path, rows: int) -> Path:

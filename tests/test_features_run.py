@@ -19,7 +19,7 @@ import pytest
 import torch
 from data_helpers import warnings_logged
 from feature_world import PICTURE_BYTES, config, noise_pictures, project
-from runner_helpers import assert_same_bits, logged, run_ranks, start, wait_for, weights
+from runner_helpers import assert_same_bits, logged, run_ranks, start, train_command, wait_for, weights
 from stage1_helpers import TinyPatches
 from torch import Tensor, nn
 
@@ -378,6 +378,25 @@ def test_the_main_rank_says_that_it_waits_for_another_build(
     base = setup.build_base(cfg, model_cfg=cfg.model)
     assert features.prepare(cfg, base.datasets, setup.encoder_of(base))
     assert said[:3] == [None] * 3 and len(said) == 4 and said[3] is not None
+
+
+@pytest.mark.slow
+def test_ranks_train_on_stored_features_as_on_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one view that nothing is drawn for, a stored run and an encoding one read the same."""
+    plain = "datasets.own.vis_processor.train.name=blip_image_eval"
+
+    def ranks(name: str, *options: str) -> list[str]:
+        output = f"run.output_dir={tmp_path / name}"
+        path = project(tmp_path, batch_size_train=4)
+        return run_ranks(train_command(path, plain, output, "run.features.views=1", *options), timeout=240.0)
+
+    ranks("stored")
+    monkeypatch.setenv("FEATURE_ROUNDED", "1")
+    ranks("live", "run.cache_features=false")
+    stored, live = (weights(tmp_path / name / "checkpoints/step_000009") for name in ("stored", "live"))
+    assert_same_bits(stored, live)
 
 
 @pytest.mark.slow
