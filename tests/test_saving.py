@@ -220,7 +220,7 @@ def test_parts_that_cannot_be_read_are_named(parts: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["at_once", "behind"])
+@pytest.mark.parametrize("name", ["parts_at_once", "parts_behind", "whole_at_once", "whole_behind"])
 def test_one_rank_that_cannot_write_ends_all_with_one_line(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     process = start([sys.executable, "-m", "tests.narrow_disk_scenario", str(folder)])

@@ -88,7 +88,7 @@ class CheckpointSaver:
         if self.background:
             self._pending = self._worker.submit(finish)
         else:
-            finish()
+            self._together(finish)
         return ckpt.step_dir(self.folder, step)
 
     @property
@@ -97,10 +97,10 @@ class CheckpointSaver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what the writing met."""
+        """Until nothing is being written; raises what the writing met, as `save` does. All ranks call it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            self._together(pending.result)
 
     def end(self) -> NoReturn:
         """For a run that can't go on because a write has failed on some rank: raise why, or SystemExit on others."""
@@ -119,6 +119,21 @@ class CheckpointSaver:
                 logger.warning("a checkpoint could not be written", exc_info=error)
         finally:
             self._worker.shutdown()
+
+    def _together(self, write: Callable[[], None]) -> None:
+        """Run what writes. Where the main process does so alone, the others end with it if it can't."""
+        error = None
+        try:
+            write()
+        except CheckpointError as raised:
+            error = raised
+        failed = error is not None
+        if self._group is None:
+            failed = dist.broadcast_object(failed)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
 
     def _wait_for_the_one_before(self) -> None:
         began = time.monotonic()
