@@ -1,14 +1,14 @@
-"""Images/s and peak memory of stage 1 against batch size, precision and processes, and FLOP/s against the ceiling.
+"""Images/s and peak memory of a stage against batch size, precision, strategy and processes; FLOP/s and their ceiling.
 
-    python benchmarks/scaling.py --batch-sizes 16 64 --precisions fp32 bf16 --world-sizes 1 2 \\
-        [--device cuda] [--compile] [--json result.json] [--picture scaling.png]
+    python benchmarks/scaling.py --batch-sizes 16 64 --precisions fp32 bf16 --world-sizes 1 2 4 \\
+        [--strategies ddp fsdp2 fairscale] [--device cuda] [--compile] [--json result.json] [--picture scaling.png]
 
 Every case is a run of its own of the project file (`--cfg-path`, by default the embedded stage 1), its weights drawn at
-random, its batches random pictures with texts of full length; with several processes under DDP, batch sizes being per
-process. A step is forward, backward and AdamW; the median of `--steps` after two to warm up. FLOP are counted by torch
-(`torch.utils.flop_counter`: matrix products, convolutions, attention; forward and backward), the ceiling is the best of
-three sizes of square matrix products in the same precision on the same number of threads. Processes share the machine:
-where there are not as many cores as they need, more of them show what exchanging costs and nothing else.
+random, its batches random pictures with texts of full length. Several processes run each of the strategies, batch sizes
+being per process. A step is forward, backward and AdamW; the median of `--steps` after two to warm up. FLOP are counted
+by torch (`torch.utils.flop_counter`: matrix products, convolutions, attention; both passes), the ceiling is the
+best of three sizes of square matrix products in the same precision on the same number of threads. Processes share the
+machine: where there are not as many cores as they need, more of them show what exchanging costs and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ import torch
 from timing import run_processes, show, surroundings
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_lite.common import dist, optim
+from lavis_lite.common import dist
 from lavis_lite.common.config import load_config
 from lavis_lite.common.device import autocast
 from lavis_lite.common.registry import registry
-from lavis_lite.parallel.auto import choose
 from lavis_lite.parallel.base import build_strategy
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.planning.runtime import resident_bytes
@@ -84,8 +84,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = build(args.cfg_path, args.options, device)
     if args.compile:
         compile_blocks(shape.model, device)
-    wrapped = build_strategy(choose(0, None, dist.world_size())).wrap(shape.model, device).train()
-    optimizer = optim.build_optimizer(optim.param_groups(shape.model, 0.05), (0.9, 0.98), device)
+    strategy = build_strategy(args.strategies[0])
+    wrapped, optimizer = strategy.prepare(shape.model, device, betas=(0.9, 0.98), weight_decay=0.05)
+    wrapped.train()
     samples = shape.samples(batch)
     samples["image"] = samples["image"].normal_().to(device)
 
@@ -120,9 +121,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def run_case(args: argparse.Namespace, batch: int, precision: str, world_size: int) -> dict[str, Any]:
+def run_case(
+    args: argparse.Namespace, batch: int, precision: str, world_size: int, strategy: str
+) -> dict[str, Any]:
     """A case in processes of its own."""
     command = [sys.executable, __file__, "--worker", "--batch-sizes", str(batch), "--precisions", precision]
+    command += ["--strategies", strategy]
     command += ["--cfg-path", args.cfg_path, "--device", args.device, "--steps", str(args.steps)]
     command += ["--compile"] * args.compile + (["--options", *args.options] if args.options else [])
     parts = run_processes(command, world_size)
@@ -132,6 +136,7 @@ def run_case(args: argparse.Namespace, batch: int, precision: str, world_size: i
         "batch_size": batch,
         "precision": precision,
         "world_size": world_size,
+        "strategy": strategy,
         "seconds": seconds,
         "images_per_s": batch * world_size / seconds,
         "peak_bytes": max(part["peak_bytes"] for part in parts),
@@ -144,12 +149,12 @@ def run_case(args: argparse.Namespace, batch: int, precision: str, world_size: i
 
 
 def draw(cases: Sequence[dict[str, Any]], file: Path) -> None:
-    """Images/s and peak memory over the batch size, a line for each precision and number of processes."""
+    """Images/s and peak memory over the batch size, a line for each precision, number of processes and strategy."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2)
-    groups = list(dict.fromkeys((case["precision"], case["world_size"]) for case in cases))
+    groups = list(dict.fromkeys(_line_of(case) for case in cases))
     for axes, key, title, unit in zip(
         panels,
         ("images_per_s", "peak_bytes"),
@@ -157,9 +162,8 @@ def draw(cases: Sequence[dict[str, Any]], file: Path) -> None:
         (1, 1e9),
         strict=True,
     ):
-        for colour, (precision, world) in zip(COLOURS * 3, groups, strict=False):
-            own = [case for case in cases if (case["precision"], case["world_size"]) == (precision, world)]
-            label = f"{precision}, {world} process{'es' if world > 1 else ''}"
+        for colour, label in zip(COLOURS * 3, groups, strict=False):
+            own = [case for case in cases if _line_of(case) == label]
             x, y = [case["batch_size"] for case in own], [case[key] / unit for case in own]
             axes.plot(x, y, marker="o", color=colour, label=label)
         axes.set_title(title, loc="left", fontsize=11)
@@ -169,6 +173,23 @@ def draw(cases: Sequence[dict[str, Any]], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8, frameon=False)
     figure.savefig(file)
+
+
+def _line_of(case: dict[str, Any]) -> str:
+    world, strategy = case["world_size"], case["strategy"]
+    processes = "1 process" if world == 1 else f"{world} processes, {strategy}"
+    return f"{case['precision']}, {processes}"
+
+
+def _row(case: dict[str, Any]) -> str:
+    numbers = [case["seconds"], case["images_per_s"], case["peak_bytes"] / 1e9]
+    flops = [case["gflop_a_process"], case.get("gflop_per_s"), case["ceiling_gflop_per_s"]]
+    return (
+        f"{case['precision']:10}{case['strategy']:>10}{case['batch_size']:11}{case['world_size']:11}"
+        + "".join(f"{n:11.2f}" for n in numbers)
+        + "".join(f"{n:11.1f}" if n is not None else f"{'-':>11}" for n in flops)
+        + (f"{case['of_ceiling']:11.1%}" if "of_ceiling" in case else f"{'-':>11}")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--strategies", nargs="+", default=["ddp"], help="of several processes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="run.compile; FLOP are then not counted")
@@ -194,20 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"steps": args.steps, "device": args.device, "cores": os.cpu_count()}
     result |= {"compile": args.compile, **surroundings(), "cases": []}
     columns = ("batch", "processes", "s/step", "images/s", "peak GB", "GFLOP", "GFLOP/s", "ceiling", "share")
-    print(f"{'precision':10}" + "".join(f"{column:>11}" for column in columns))
-    for world_size in args.world_sizes:
-        for precision in args.precisions:
-            for batch in args.batch_sizes:
-                case = run_case(args, batch, precision, world_size)
-                result["cases"].append(case)
-                numbers = [case["seconds"], case["images_per_s"], case["peak_bytes"] / 1e9]
-                flops = [case["gflop_a_process"], case.get("gflop_per_s"), case["ceiling_gflop_per_s"]]
-                row = f"{precision:10}{batch:11}{world_size:11}" + "".join(f"{n:11.2f}" for n in numbers)
-                row += "".join(f"{n:11.1f}" if n is not None else f"{'-':>11}" for n in flops)
-                print(
-                    row + (f"{case['of_ceiling']:11.1%}" if "of_ceiling" in case else f"{'-':>11}"),
-                    flush=True,
-                )
+    print(f"{'precision':10}{'strategy':>10}" + "".join(f"{column:>11}" for column in columns))
+    for world_size, precision, batch in product(args.world_sizes, args.precisions, args.batch_sizes):
+        for strategy in args.strategies if world_size > 1 else ["single"]:
+            case = run_case(args, batch, precision, world_size, strategy)
+            result["cases"].append(case)
+            print(_row(case), flush=True)
     show(result, args.json)
     if args.picture:
         draw(result["cases"], args.picture)

@@ -102,3 +102,19 @@ def test_saving_is_measured_for_every_way(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert list(ways) == ["whole", "sharded", "behind"]
     assert all(0 < way["still_s"] <= way["written_s"] for way in ways.values())
     assert list(tmp_path.iterdir()) == [result]
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_for_every_strategy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result, picture = tmp_path / "result.json", tmp_path / "picture.svg"
+    sizes = ["--batch-sizes", "2", "--precisions", "fp32", "--world-sizes", "1", "2", "--steps", "1"]
+    where = ["--json", str(result), "--picture", str(picture)]
+    importlib.import_module("scaling").main([*sizes, "--strategies", "ddp", "fsdp2", *where])
+    cases = json.loads(result.read_text())["cases"]
+    assert [case["strategy"] for case in cases] == ["single", "ddp", "fsdp2"]
+    assert all(0 < case["of_ceiling"] < 1.5 and case["images_per_s"] > 0 for case in cases)
+    # The other process's pictures and texts are compared with, and drawn as negatives, too.
+    assert cases[0]["gflop_a_process"] < cases[1]["gflop_a_process"] == cases[2]["gflop_a_process"]
+    assert "<svg" in picture.read_text()
