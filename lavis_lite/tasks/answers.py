@@ -13,6 +13,7 @@ from torch import Tensor
 from lavis_lite.common.errors import DataError
 from lavis_lite.metrics.vqa import answer_type
 from lavis_lite.tasks.predictions import predict_rows, write_list
+from lavis_lite.tasks.so_far import SoFar
 
 
 class AnsweringModel(Protocol):
@@ -68,7 +69,12 @@ class Answered:
 
 
 def ask_questions(
-    model: AnsweringModel, dataset: Any, rows: Sequence[int], answering: Answering, loader_args: Any
+    model: AnsweringModel,
+    dataset: Any,
+    rows: Sequence[int],
+    answering: Answering,
+    loader_args: Any,
+    so_far: SoFar,
 ) -> list[Answered]:
     """Answers to the rows whose picture can be read, in their order; the same on every rank."""
     settings = {name: getattr(answering, name) for name in Answering.__dataclass_fields__}
@@ -76,7 +82,10 @@ def ask_questions(
     def say(visual: Mapping[str, Tensor], batch: Mapping[str, Any]) -> list[str]:
         return model.predict_answers({**visual, "text_input": batch["text_input"]}, **settings)
 
-    predictions = predict_rows(dataset, rows, loader_args, say)
+    def keep(texts: Sequence[tuple[int, str]]) -> None:
+        so_far.add(_prediction(_answered(dataset, row, text)) for row, text in texts)
+
+    predictions = predict_rows(dataset, rows, loader_args, say, keep)
     return [_answered(dataset, row, text) for row, text in predictions.items()]
 
 
@@ -101,8 +110,11 @@ def _answered(dataset: Any, row: int, prediction: str) -> Answered:
 
 def write_predictions(path: Path, rows: Sequence[Answered]) -> None:
     """Write what was asked, answered and true, one object a question."""
-    content = [{key: value for key, value in asdict(item).items() if key != "row"} for item in rows]
-    write_list(path, content)
+    write_list(path, [_prediction(item) for item in rows])
+
+
+def _prediction(item: Answered) -> dict[str, Any]:
+    return {key: value for key, value in asdict(item).items() if key != "row"}
 
 
 def write_results(path: Path, rows: Sequence[Answered]) -> None:

@@ -26,6 +26,7 @@ from lavis_lite.tasks.caption_report import (
 from lavis_lite.tasks.captions import Captioned, Decoding, caption_images, join_images, write_predictions
 from lavis_lite.tasks.heldout import evaluating
 from lavis_lite.tasks.predictions import evenly
+from lavis_lite.tasks.so_far import keeping_predictions
 from lavis_lite.tasks.summary import loss_table, table_lines
 
 logger = get_logger(__name__)
@@ -101,16 +102,17 @@ class CaptioningTask(BaseTask):
             raise ConfigError(f"task captioning: model {type(model).__name__} doesn't generate texts")
         metrics = self.losses(model, dataset, loader_args)
         chosen = self._rows(len(dataset), final)
-        with evaluating(model):
-            captioned = caption_images(model, dataset, chosen, self.decoding, loader_args)
-        rows = join_images(captioned)
+        path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
+        with keeping_predictions(loader_args) as so_far:
+            with evaluating(model):
+                captioned = caption_images(model, dataset, chosen, self.decoding, loader_args, so_far)
+            rows = join_images(captioned)
+            if rows and dist.is_main() and path is not None:
+                write_predictions(path, rows)
         if not rows:
             raise DataError(f"dataset '{dataset.name}' has no image to caption")
-        path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
         scores: dict[str, float] = {}
         if dist.is_main():
-            if path is not None:
-                write_predictions(path, rows)
             scores = self.scores(rows, dataset, final=final)
         metrics |= dist.broadcast_object(scores)
         metrics["num_images"] = float(len(rows))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lavis_lite.tasks.predictions import predict_rows, write_list
+from lavis_lite.tasks.so_far import SoFar
 
 
 class CaptioningModel(Protocol):
@@ -51,7 +52,12 @@ class Decoding:
 
 
 def caption_images(
-    model: CaptioningModel, dataset: Any, rows: Sequence[int], decoding: Decoding, loader_args: Any
+    model: CaptioningModel,
+    dataset: Any,
+    rows: Sequence[int],
+    decoding: Decoding,
+    loader_args: Any,
+    so_far: SoFar,
 ) -> list[Captioned]:
     """Captions of the rows whose picture can be read, in their order; the same on every rank."""
 
@@ -63,7 +69,10 @@ def caption_images(
             min_length=decoding.min_length,
         )
 
-    predictions = predict_rows(dataset, rows, loader_args, say)
+    def keep(texts: Sequence[tuple[int, str]]) -> None:
+        so_far.add(_result(_captioned(dataset, row, text)) for row, text in texts)
+
+    predictions = predict_rows(dataset, rows, loader_args, say, keep)
     return [_captioned(dataset, row, text) for row, text in predictions.items()]
 
 
@@ -86,5 +95,8 @@ def join_images(rows: Sequence[Captioned]) -> list[Captioned]:
 
 def write_predictions(path: Path, rows: Sequence[Captioned]) -> None:
     """Write captions in COCO's results format: [{"image_id": 42, "caption": "a dog"}, ...]."""
-    results = [{"image_id": item.image_id, "caption": item.prediction} for item in rows]
-    write_list(path, results)
+    write_list(path, [_result(item) for item in rows])
+
+
+def _result(item: Captioned) -> dict[str, int | str]:
+    return {"image_id": item.image_id, "caption": item.prediction}

@@ -29,6 +29,7 @@ def predict_rows(
     rows: Sequence[int],
     loader_args: Any,
     say: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Sequence[str]],
+    keep: Callable[[Sequence[tuple[int, str]]], None],
 ) -> dict[int, str]:
     """A text for each row whose picture can be read, in the rows' order; the same on every rank.
 
@@ -36,7 +37,7 @@ def predict_rows(
 
     Args:
         loader_args: `EvalArgs`. say: one text a row, given {"image": float[B, 3, H, W]} or {"video":
-            float[B, F, 3, H, W]} on the device, and the batch.
+            float[B, F, 3, H, W]} on the device, and the batch. keep: is given the rows and texts of each batch at once.
     """
     loader = eval_loader(
         ChosenRows(dataset, rows, seed=0),
@@ -52,7 +53,9 @@ def predict_rows(
         visual = {key: batch[key].to(loader_args.device, non_blocking=True)}
         with loader_args.autocast():
             texts = say(visual, batch)
-        mine += zip(batch["index"].tolist(), texts, strict=True)
+        said = list(zip(batch["index"].tolist(), texts, strict=True))
+        keep(said)
+        mine += said
     return dict(sorted(pair for part in dist.gather_objects(mine) for pair in part))
 
 

@@ -24,6 +24,7 @@ from lavis_lite.tasks.answers import (
 from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation, RunFacts
 from lavis_lite.tasks.heldout import evaluating
 from lavis_lite.tasks.predictions import evenly
+from lavis_lite.tasks.so_far import keeping_predictions
 from lavis_lite.tasks.summary import loss_table, table_lines
 from lavis_lite.tasks.vqa_looks import TwoLooks, draw_looks, looks_section
 from lavis_lite.tasks.vqa_report import (
@@ -59,7 +60,8 @@ class VqaTask(BaseTask):
     """Answers to all questions of a split as in the paper's section 4.1, and their accuracy.
 
     Before anything is scored two files are written to the run's folder: `predictions_<split>.json` with question,
-    answer and truth, and `results_<split>.json`, which VQAv2's evaluation server takes. Ground truth are the
+    answer and truth, and `results_<split>.json`, which VQAv2's evaluation server takes; of an evaluation that is ended
+    before, the answers so far are in `predictions_<split>.part<rank>.jsonl`. Ground truth are the
     annotations' own answers; a split without any is answered, not scored.
 
     prompt: what asks a question, with {} in its place; empty for the model's own.
@@ -139,16 +141,17 @@ class VqaTask(BaseTask):
         learns = dataset.answered and getattr(model, "takes_questions", True)
         metrics = self.losses(model, dataset, loader_args) if learns else {}
         chosen = self._rows(len(dataset), final)
-        with evaluating(model):
-            rows = ask_questions(model, dataset, chosen, self.answering, loader_args)
+        path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
+        with keeping_predictions(loader_args) as so_far:
+            with evaluating(model):
+                rows = ask_questions(model, dataset, chosen, self.answering, loader_args, so_far)
+            if rows and dist.is_main() and loader_args.folder is not None and path is not None:
+                write_predictions(path, rows)
+                write_results(loader_args.folder / f"results_{loader_args.label}.json", rows)
         if not rows:
             raise DataError(f"dataset '{dataset.name}' has no question to answer")
         metrics["num_questions"] = float(len(rows))
         metrics["unreadable_images"] = float(len(chosen) - len(rows))
-        path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
-        if dist.is_main() and loader_args.folder is not None and path is not None:
-            write_predictions(path, rows)
-            write_results(loader_args.folder / f"results_{loader_args.label}.json", rows)
         # Every rank has all rows, and the same ones.
         accuracies = self._accuracies(rows)
         types = type_scores(rows, accuracies) if accuracies else []
