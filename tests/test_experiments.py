@@ -22,8 +22,11 @@ from vqa_helpers import question_config, question_samples
 from lavis_lite.common.config import load_config
 from lavis_lite.common.registry import registry
 config = load_config(sys.argv[1])
-assert config.model["arch"] == "blip2_opt_blind" and config.model["pretrained"] == "output/pretrain_stage2"
-model = registry.get_model_class("blip2_opt_blind").from_config(question_config(Path(sys.argv[3])))
+ending = "_t5" if sys.argv[4] == "t5" else ""
+assert config.model["arch"] == f"blip2_{sys.argv[4]}_blind"
+assert config.model["pretrained"] == "output/pretrain_stage2" + ending
+assert config.model["prompt"] == ("Question: {} Short answer:" if ending else "Question: {} Answer:")
+model = registry.get_model_class(config.model["arch"]).from_config(question_config(Path(sys.argv[3]), sys.argv[4]))
 samples = question_samples()
 visual = model.visual_prompt(samples["image"], samples["text_input"])
 assert visual.shape == (4, 5, 24) and not visual.any()
@@ -36,8 +39,13 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("vqa")
 
 
+@pytest.mark.parametrize("ending", ["", "_t5"])
 def test_arms_are_run_and_reported(
-    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ending: str,
+    experiment: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     commands: list[list[str]] = []
 
@@ -49,23 +57,29 @@ def test_arms_are_run_and_reported(
         folder.mkdir(parents=True, exist_ok=True)
         score = {"blind": 0.3, "zero_shot": 0.4, "0": 0.5, "1": 0.7}[folder.parent.name]
         (folder / "metrics.json").write_text(
-            json.dumps({"metrics": dict.fromkeys(experiment.METRICS, score)})
+            json.dumps({"metrics": dict.fromkeys([*experiment.METRICS, f"{experiment.TYPE}count"], score)})
         )
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["vqa.py", "--seeds", "0", "1", "--out", str(tmp_path)])
-    experiment.EXPERIMENT.main(None)
+    monkeypatch.setattr(experiment, "majority", lambda _: {"all": 0.2, "count": 0.25})
+    monkeypatch.setattr(experiment, "build_dataset_from_preset", lambda _: None)
+    experiment.main(experiment.experiment(ending), None)
     scripts = [Path(command[1]).name for command in commands]
     assert scripts == ["evaluate.py"] * 2 + ["train.py", "evaluate.py"] * 4
-    assert all(Path(command[3]).is_file() for command in commands)
+    assert all(Path(command[3]).is_file() and Path(command[3]).stem.endswith(ending) for command in commands)
     without = next(command for command in commands if "model.qformer_text_input=false" in command)
     assert "run.seed=0" in without and Path(without[1]).name == "train.py"
     assert f"model.pretrained={tmp_path / 'conditioned' / '1'}" in commands[-1]
     printed = capsys.readouterr().out
     assert "blind " in printed and "0.600 ± 0.141" in printed
-    assert (tmp_path / "vqa.svg").read_text().lstrip().startswith("<?xml")
-    assert json.loads((tmp_path / "vqa.json").read_text())["arms"]["conditioned"].keys() == {"0", "1"}
+    assert printed.splitlines()[-1].split() == ["count", "0.300", "0.400", "0.500", "0.500", "0.250"]
+    assert (tmp_path / f"vqa{ending}.svg").read_text().lstrip().startswith("<?xml")
+    assert json.loads((tmp_path / f"vqa{ending}.json").read_text())["arms"]["conditioned"].keys() == {
+        "0",
+        "1",
+    }
 
 
 def test_an_arm_that_is_only_evaluated_may_differ_by_seed(
@@ -92,9 +106,10 @@ def test_an_arm_that_is_only_evaluated_may_differ_by_seed(
     assert test[-2] == f"model.pretrained={tmp_path / 'without_itg' / '3'}"
 
 
-def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    command = [sys.executable, "-c", BLIND, str(EXPERIMENTS / "vqa_blind.yaml"), tests, str(tmp_path)]
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path, family: str) -> None:
+    tests, config = str(Path(__file__).parent), "vqa_blind_t5.yaml" if family == "t5" else "vqa_blind.yaml"
+    command = [sys.executable, "-c", BLIND, str(EXPERIMENTS / config), tests, str(tmp_path), family]
     done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parents[1])
     assert done.returncode == 0, done.stderr
 

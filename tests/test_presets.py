@@ -137,20 +137,20 @@ def test_vqa_fine_tuning_has_the_papers_numbers(llm: str) -> None:
     assert built.takes_questions and built.tokenizer.source == "shapes"
 
 
-@pytest.mark.parametrize("name", ["vqa_ft", "vqa_ft_t5", "vqa_zeroshot"])
+@pytest.mark.parametrize("name", ["vqa_ft", "vqa_ft_t5", "vqa_zeroshot", "vqa_zeroshot_t5"])
 def test_questions_on_the_embedded_world(name: str) -> None:
     config = load_config(REPOSITORY / "projects/blip2" / f"{name}.yaml")
     family = "t5" if name.endswith("t5") else "opt"
     assert config.model["prompt"] == prompt_of("flant5xl" if family == "t5" else "opt2.7b")
     assert config.task == {"name": "vqa", "num_beams": 5, "max_len": 10, "length_penalty": -1}
     assert list(config.datasets) == ["shapes_vqa"] and config.model["arch"] == f"blip2_{family}"
-    if name == "vqa_zeroshot":
+    assert config.model["pretrained"] == f"output/pretrain_stage2{'_t5' if family == 't5' else ''}"
+    if name.startswith("vqa_zeroshot"):
         assert "qformer_text_input" not in config.model
         return
     assert (
         config.model["qformer_text_input"] and config.model["qformer_text_from"] == "output/pretrain_stage1"
     )
-    assert config.model["pretrained"] == f"output/pretrain_stage2{'_t5' if family == 't5' else ''}"
     assert (config.run.batch_size_train, config.run.max_steps) == (64, 1400)
     preset = load_model_preset({"arch": f"blip2_{family}", "model_type": "vqa_shapes"})["model"]
     assert preset["qformer_text_input"] and preset["prompt"] == config.model["prompt"]

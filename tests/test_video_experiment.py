@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from majority import asked, majority
 
 from lavis_lite.common.config import load_config, load_dataset_preset, merge
 from lavis_lite.datasets.builders import build_datasets
@@ -40,12 +41,12 @@ def test_arms_are_valid_and_differ_in_what_they_see(experiment: Any) -> None:
 def test_the_majority_is_by_the_form_of_a_question(experiment: Any) -> None:
     section = merge(load_dataset_preset(experiment.DATASET), SMALL)
     splits = build_datasets({experiment.DATASET: section})[experiment.DATASET]
-    scores = experiment.majority(splits)
+    scores = majority(splits)
     assert set(scores) == {"all", *CLIP_TYPES}
     # The words of a question tell which two answers there are, and no more.
     assert 0.35 < scores["direction"] < 0.65
     assert all(scores[kind] < 0.45 for kind in CLIP_TYPES if kind != "direction")
-    forms = {(kind, form) for kind, form, _ in experiment.asked(splits["train"])}
+    forms = {(kind, form) for kind, form, _ in asked(splits["train"])}
     assert len(forms) == 7 and sum(kind == "direction" for kind, _ in forms) == 2
 
 

@@ -53,8 +53,8 @@ class Experiment:
     metrics: Mapping[str, str]
     what: str
 
-    def main(self, description: str | None) -> None:
-        """The command: run, print, write <name>.json and <name>.svg."""
+    def main(self, description: str | None) -> Results:
+        """The command: run, print, write <name>.json and <name>.svg; what was found."""
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -75,6 +75,7 @@ class Experiment:
         facts = {"command": " ".join(sys.argv), **surroundings(), "seeds": args.seeds, "arms": results}
         (args.out / f"{self.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
         self.draw(results, args.out / f"{self.name}.svg")
+        return results
 
     def run(
         self, name: str, seeds: Sequence[int], out: Path, options: Sequence[str]

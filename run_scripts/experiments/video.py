@@ -12,16 +12,11 @@ output/pretrain_stage2. Each run has a folder of its own below --out and is resu
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from statistics import mean
-from typing import Any
-
 from arms import Arm, Experiment
+from majority import majority
 
 from lavis_lite.datasets.builders import build_dataset_from_preset
 from lavis_lite.worlds.shapes.clip_texts import CLIP_TYPES
-from lavis_lite.worlds.shapes.words import COLOUR_PATTERN, SHAPE_PATTERN
 
 CONFIG = "projects/blip2/video_ft.yaml"
 DATASET = "shapes_video_vqa"
@@ -40,25 +35,6 @@ ARMS = {
 }
 METRICS = {"test/accuracy": "all", **{f"test/question_type/{kind}": kind for kind in CLIP_TYPES}}
 EXPERIMENT = Experiment("video", ARMS, METRICS, "accuracy")
-
-
-def majority(splits: Any) -> dict[str, float]:
-    """Test accuracies of always giving the answer that training has most often for a question of the same form."""
-    told: dict[str, Counter[str]] = {}
-    for _, form, answer in asked(splits["train"]):
-        told.setdefault(form, Counter())[answer] += 1
-    right: dict[str, list[float]] = {}
-    for kind, form, answer in asked(splits["test"]):
-        right.setdefault(kind, []).append(float(told[form].most_common(1)[0][0] == answer))
-    everything = [hit for hits in right.values() for hit in hits]
-    return {"all": mean(everything), **{kind: mean(right[kind]) for kind in CLIP_TYPES}}
-
-
-def asked(dataset: Any) -> list[tuple[str, str, str]]:
-    """Type, form (the question without the words that name an object) and answer of every row."""
-    questions = (dataset.record(row).question for row in range(len(dataset)))
-    names = rf"\b({COLOUR_PATTERN}|{SHAPE_PATTERN})\b"
-    return [(str(item.question_type), re.sub(names, "x", item.text), item.answers[0]) for item in questions]
 
 
 if __name__ == "__main__":
