@@ -148,6 +148,37 @@ def test_ones_own_rows_by_yaml_alone(tmp_path: Path, suffix: str) -> None:
     assert data.record(1).question.answers == expected and data.record(1).question.text == "how many, 1?"
 
 
+def table(folder: Path, name: str, *rows: dict[str, Any]) -> str:
+    """A file of csv or tsv with these rows about pictures 0.jpg, 1.jpg and so on; returns its name."""
+    rows = tuple({"image": f"{n}.jpg", "question": "what?", **row} for n, row in enumerate(rows))
+    with open(folder / name, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="," if name.endswith("csv") else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    for n in range(len(rows)):
+        save_picture(folder / f"{n}.jpg", n)
+    return name
+
+
+def test_a_number_that_two_rows_have(tmp_path: Path) -> None:
+    rows = (
+        {"question_id": 7, "answer": "x"},
+        {"question_id": "", "answer": "y"},
+        {"question_id": 7, "answer": "z"},
+    )
+    table(tmp_path, "rows.csv", *rows)
+    refused(tmp_path, r"rows\.csv, line 4: question 7 is in line 2 already", "val", annotations="rows.csv")
+    assert len(build(tmp_path, annotations="rows.csv")) == 3, "a row an answer can be trained on"
+    assert len(build(tmp_path, "val", annotations="rows.csv", limit=2)) == 2
+    write(
+        tmp_path / "rows.jsonl",
+        "\n".join(json.dumps({**row, "image": "0.jpg", "question": "?"}) for row in rows),
+    )
+    refused(
+        tmp_path, r"rows\.jsonl, line 3: question 7 is in line 1 already", "test", annotations="rows.jsonl"
+    )
+
+
 def test_questions_without_answers_can_be_asked_but_not_trained_on(tmp_path: Path) -> None:
     pair(tmp_path)
     alone = {**PAIR, "annotations": None}
@@ -209,10 +240,38 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     swapped = {**PAIR, "questions": "a.json", "annotations": "q.json"}
     refused(tmp_path, r"a\.json: no list 'questions'", **swapped)
     refused(tmp_path, r"these are VQAv2's answers; set datasets\.own\.train\.questions", annotations="a.json")
-    twice = json.loads((tmp_path / "q.json").read_text())
-    twice["questions"].append(twice["questions"][0])
-    write(tmp_path / "twice.json", twice)
-    refused(tmp_path, "1 questions have the number of another", **{**PAIR, "questions": "twice.json"})
+    for name, section, key in (("q", "questions", "questions"), ("a", "annotations", "annotations")):
+        twice = json.loads((tmp_path / f"{name}.json").read_text())
+        twice[section].append({**twice[section][0], "question_id": str(twice[section][0]["question_id"])})
+        write(tmp_path / f"twice_{name}.json", twice)
+        number = 10 if name == "q" else 20
+        message = rf"twice_{name}\.json, {section}, row 2: question {number} is in {section}, row 0 already"
+        refused(tmp_path, message, **{**PAIR, key: f"twice_{name}.json"})
+    write(tmp_path / "none.json", {"questions": [{"question_id": None}]})
+    refused(tmp_path, "questions, row 0: no field 'question_id'", **{**PAIR, "questions": "none.json"})
+
+
+@pytest.mark.parametrize("kind", [str, float])
+def test_numbers_of_one_file_are_texts_or_floats(tmp_path: Path, kind: type) -> None:
+    pair(tmp_path)
+    told = json.loads((tmp_path / "a.json").read_text())
+    for row in told["annotations"]:
+        row |= {key: kind(row[key]) for key in ("question_id", "image_id")}
+    write(tmp_path / "a.json", told)
+    data = build(tmp_path, **PAIR)
+    assert data.load(1, seed=0)["question_id"] == 420 and data.record(1).question.answers == ANSWERS
+
+
+def test_an_annotation_about_another_picture(tmp_path: Path) -> None:
+    pair(tmp_path)
+    told = json.loads((tmp_path / "a.json").read_text())
+    told["annotations"][1]["image_id"] = 8
+    write(tmp_path / "a.json", told)
+    refused(
+        tmp_path,
+        r"a\.json, annotations, row 1: question 90 is about picture 8, but about 9 in .*q\.json, questions, row 0",
+        **PAIR,
+    )
 
 
 def test_pictures_that_nothing_names(tmp_path: Path) -> None:
@@ -254,7 +313,13 @@ def test_rows_that_teach_nothing(tmp_path: Path, row: dict[str, Any], message: s
 
 def test_empty_lists_of_answers_in_a_pair(tmp_path: Path) -> None:
     pair(tmp_path, answers=[])
-    refused(tmp_path, r"q\.json, questions, row 0: question 90 has no answer; correct", "val", **PAIR)
+    refused(tmp_path, r"a\.json, annotations, row 1: question 90 has no answer; correct", "val", **PAIR)
+    told = json.loads((tmp_path / "a.json").read_text())
+    told["annotations"][1]["answers"] = None
+    write(tmp_path / "a.json", told)
+    refused(tmp_path, r"a\.json, annotations, row 1: question 90 has no answer; correct", "val", **PAIR)
+    pair(tmp_path, answers=[["red"]])
+    refused(tmp_path, r"a\.json, annotations, row 1: the answer must be text or a list", "val", **PAIR)
 
 
 @pytest.mark.parametrize(

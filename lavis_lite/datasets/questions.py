@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.question_pairs import read_pairs
 from lavis_lite.datasets.readers import (
     STREAMS,
     Asked,
+    Fielded,
     Place,
     Row,
     bad_text,
@@ -39,7 +41,6 @@ USUAL_NAMES = {
     "question_type": ("question_type",),
 }
 GQA_IMAGE = "{image_id}.jpg"
-EXAMPLES = 3  # ids that a message names
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class QuestionSource(Source):
     questions: of VQAv2's format, with the answers in `annotations`, or nowhere.
     image_name: a picture's path from its number, such as "COCO_val2014_{image_id:012}.jpg".
     pictures: a file of COCO's format whose `images` tell the path for a number.
-    names: the names of the fields. needs_answers: whether a question without one is a mistake.
+    names: the names of the fields. needs_answers: of a split that is trained on: a question without an answer is a
+    mistake there, rows that share a question's number are none.
     """
 
     questions: Path | None = None
@@ -94,7 +96,10 @@ class QuestionSource(Source):
 
 
 class Entry(NamedTuple):
-    """A question as its file has it; None where the file has nothing."""
+    """A question as its file has it; None where the file has nothing.
+
+    told_at: file and place of the answers, where they aren't the question's own.
+    """
 
     place: Place
     question_id: Any
@@ -104,6 +109,7 @@ class Entry(NamedTuple):
     image_id: Any
     answer_type: Any
     question_type: Any
+    told_at: str | None = None
 
 
 class Pictures:
@@ -159,15 +165,20 @@ def _entries(source: QuestionSource) -> Iterator[Entry]:
     """The questions of a file of any format."""
     if source.questions is not None:
         return _vqa(source, source.questions)
-    path = source.path
-    kind = path_format(path) if source.format == "auto" else source.format
+    content = _content(source)
+    return _gqa(source, content) if isinstance(content, dict) else _mapped(source, content)
+
+
+def _content(source: QuestionSource) -> Fielded | dict[str, Any]:
+    """The rows of a file that has one a question, or GQA's questions by number."""
+    path, kind = source.path, _kind(source)
     if kind in STREAMS:
-        return _mapped(source, STREAMS[kind](path))
+        return STREAMS[kind](path)
     content = load_json(path, lines_too=source.format == "auto")
     if content is None:
-        return _mapped(source, STREAMS["jsonl"](path))
+        return STREAMS["jsonl"](path)
     if isinstance(content, list):
-        return _mapped(source, numbered(path, content))
+        return numbered(path, content)
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         raise DataError(
             f"{path}: these are VQAv2's answers; set {source.where}.questions to the file with their questions"
@@ -177,7 +188,11 @@ def _entries(source: QuestionSource) -> Iterator[Entry]:
             f"{path}: expected a list of rows, or GQA's questions by number; for VQAv2's two files set "
             f"{source.where}.questions and {source.where}.annotations"
         )
-    return _gqa(source, content)
+    return content
+
+
+def _kind(source: QuestionSource) -> str:
+    return path_format(source.path) if source.format == "auto" else source.format
 
 
 # --- VQAv2 and OK-VQA ---------------------------------------------------------------------------------------
@@ -185,55 +200,21 @@ def _entries(source: QuestionSource) -> Iterator[Entry]:
 
 def _vqa(source: QuestionSource, path: Path) -> Iterator[Entry]:
     """Questions with the annotations of the same numbers; without an annotation file no answers."""
-    questions = _list_of(path, "questions")
-    annotations = _annotations(source, path, questions) if source.annotations else {}
-    for place, entry in numbered(path, questions):
-        place = f"questions, {place}"
+    for place, entry, told_at, told in read_pairs(path, source.annotations, where=source.where):
         if not is_selected(path, place, entry, source.select, source.where):
             continue
-        number = entry["question_id"]
-        found = annotations.get(number, {})
+        found: Mapping[str, Any] = told or {}
         yield Entry(
             place,
-            number,
+            entry["question_id"],
             entry.get("question"),
-            found.get("answers", [] if annotations else None),
+            None if told is None else found.get("answers") or [],
             entry.get("image"),
             entry.get("image_id"),
             found.get("answer_type"),
             found.get("question_type"),
+            None if told is None else f"{source.annotations}, {told_at}",
         )
-
-
-def _list_of(path: Path, section: str) -> list[Any]:
-    content = load_json(path, lines_too=False)
-    rows = content.get(section) if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: no list '{section}', as VQAv2's files have it")
-    for place, row in numbered(path, rows):
-        if "question_id" not in row:
-            raise DataError(f"{path}, {section}, {place}: no field 'question_id'")
-    return rows
-
-
-def _annotations(source: QuestionSource, path: Path, questions: list[Any]) -> dict[Any, Mapping[str, Any]]:
-    """Annotations by question; DataError when they aren't those of the questions."""
-    assert source.annotations is not None
-    found = {row["question_id"]: row for row in _list_of(source.annotations, "annotations")}
-    asked = {row["question_id"] for row in questions}
-    if len(asked) < len(questions):
-        raise DataError(f"{path}: {len(questions) - len(asked)} questions have the number of another one")
-    for what, numbers in (
-        (f"questions of {path} have no answers in {source.annotations}", asked - found.keys()),
-        (f"annotations of {source.annotations} have no question in {path}", found.keys() - asked),
-    ):
-        if numbers:
-            shown = ", ".join(sorted(map(str, numbers))[:EXAMPLES])
-            raise DataError(
-                f"{len(numbers)} {what}, for example {shown}; set {source.where}.questions and "
-                f"{source.where}.annotations to the two files of one split"
-            )
-    return found
 
 
 # --- GQA ----------------------------------------------------------------------------------------------------
@@ -263,8 +244,9 @@ def _gqa(source: QuestionSource, content: Mapping[str, Any]) -> Iterator[Entry]:
 # --- a row a question ---------------------------------------------------------------------------------------
 
 
-def _mapped(source: QuestionSource, rows: Iterator[tuple[Place, Mapping[str, Any]]]) -> Iterator[Entry]:
+def _mapped(source: QuestionSource, rows: Fielded) -> Iterator[Entry]:
     names: dict[str, str] = {}
+    places: dict[str, Place] = {}
     for number, (place, record) in enumerate(rows):
         if not names:
             names = _names(source, record)
@@ -275,16 +257,29 @@ def _mapped(source: QuestionSource, rows: Iterator[tuple[Place, Mapping[str, Any
                 raise DataError(missing_field(source.path, place, role, name, record, source.where))
         values = {role: record[name] for role, name in names.items()}
         own = values.get("question_id")
+        own = number if own is None or own == "" else _plain(own)
+        if "question_id" in names and not source.needs_answers:
+            _check_new(source, own, place, places)
         answers = values.get("answer")
         yield Entry(
             place,
-            number if own is None or own == "" else _plain(own),
+            own,
             values.get("question"),
             [] if "answer" in names and answers is None else answers,
             values.get("image"),
             _plain(values.get("image_id")),
             values.get("answer_type"),
             values.get("question_type"),
+        )
+
+
+def _check_new(source: QuestionSource, number: Any, place: Place, places: dict[str, Place]) -> None:
+    """DataError for a question's number that an earlier row has: no server takes two answers to one question."""
+    first = places.setdefault(str(number), place)
+    if first != place:
+        raise DataError(
+            f"{source.path}, {place}: question {number} is in {first} already; give each question one row, with all "
+            "of its answers, and a number of its own"
         )
 
 
@@ -326,10 +321,10 @@ def _row(source: QuestionSource, entry: Entry, named: Pictures) -> Row:
     if not isinstance(entry.question, str) or not entry.question.strip():
         raise DataError(f"{about}: question {entry.question_id} has no text")
     image = named.path(entry)
-    answers = _answers(entry.answers, about)
+    answers = _answers(entry.answers, entry.told_at or about)
     if not any(answers) and (entry.answers is not None or source.needs_answers):
         raise DataError(
-            f"{about}: question {entry.question_id} has no answer; "
+            f"{entry.told_at or about}: question {entry.question_id} has no answer; "
             + (
                 "a training split needs answers: set "
                 f"{source.where}.annotations to the file with them, or leave the split out"
