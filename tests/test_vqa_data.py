@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -158,6 +159,52 @@ def table(folder: Path, name: str, *rows: dict[str, Any]) -> str:
     for n in range(len(rows)):
         save_picture(folder / f"{n}.jpg", n)
     return name
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_cell_holds_several_answers(tmp_path: Path, suffix: str) -> None:
+    cells = ('["red", "red", "dark blue", 3]', "[unclear]", "red", '[{"answer": "a, b"}]')
+    name = table(tmp_path, f"rows.{suffix}", *({"answers": cell} for cell in cells))
+    data = build(tmp_path, annotations=name)
+    expected = [["red", "red", "dark blue", "3"], ["[unclear]"], ["red"], ["a, b"]]
+    assert [data.record(row).question.answers for row in range(4)] == expected
+    table(tmp_path, f"apart.{suffix}", {"answer": "red| dark blue |"}, {"answer": "['x']"})
+    data = build(tmp_path, annotations=f"apart.{suffix}", fields={"answer_separator": "|"})
+    assert [data.record(row).question.answers for row in range(2)] == [["red", "dark blue"], ["['x']"]]
+    refused(
+        tmp_path,
+        r"apart\..sv, line 3: the answers .*no JSON list; .*answer_separator",
+        annotations=f"apart.{suffix}",
+    )
+    table(tmp_path, f"none.{suffix}", {"answer": "[]"})
+    refused(tmp_path, "question 0 has no answer", annotations=f"none.{suffix}")
+
+
+def test_lists_are_read_from_text_alone_in_files_without_types(tmp_path: Path) -> None:
+    save_picture(tmp_path / "0.jpg")
+    write(tmp_path / "rows.jsonl", json.dumps({"image": "0.jpg", "question": "what?", "answer": '["x"]'}))
+    assert build(tmp_path, annotations="rows.jsonl").record(0).question.answers == ['["x"]']
+
+
+def test_doubts_about_answers_are_told_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table(tmp_path, "label.csv", {"label": "red", "width": 4, "part": "a"})
+    table(tmp_path, "joined.csv", {"answer": "red"}, {"answer": "red|blue"})
+    table(tmp_path, "good.csv", {"answer": "it is red; mostly"})
+    good = {"annotations": "good.csv", "fields": {"answer_separator": "|"}}
+    for _ in range(2):
+        caplog.clear()
+        build(tmp_path, "val", annotations="label.csv", where={"part": "a"})
+        build(tmp_path, "val", annotations="joined.csv")
+        build(tmp_path, "val", **good)
+        build(tmp_path, "val", annotations="label.csv", fields={"answer": "label"})
+        told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(told) == 2
+        assert "label.csv: no field answer, answers, text_output, so its questions can be answered" in told[0]
+        assert "nothing reads label, width: " in told[0] and "datasets.own.val.fields.answer to" in told[0]
+        assert "joined.csv: an answer such as 'red|blue' is taken as one" in told[1]
+        assert "datasets.own.val.fields.answer_separator to '|'" in told[1]
 
 
 def test_a_number_that_two_rows_have(tmp_path: Path) -> None:
@@ -330,6 +377,7 @@ def test_empty_lists_of_answers_in_a_pair(tmp_path: Path) -> None:
         ({"annotations": "x", "questions": "y", "format": "gqa"}, "belongs to format 'vqa', not 'gqa'"),
         ({"annotations": "x", "fields": {"anwser": "a"}}, "did you mean 'answer'"),
         ({"annotations": "x", "limit": 0}, "limit must be at least 1"),
+        ({"annotations": "x", "fields": {"answer_separator": ""}}, r"fields\.answer_separator is empty"),
     ],
 )
 def test_mistakes_in_the_configuration(section: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.answer_cells import split_answers
 from lavis_lite.datasets.question_pairs import read_pairs
 from lavis_lite.datasets.readers import (
     STREAMS,
@@ -41,6 +42,7 @@ USUAL_NAMES = {
     "question_type": ("question_type",),
 }
 GQA_IMAGE = "{image_id}.jpg"
+CELLS = ("csv", "tsv")  # formats whose fields are text alone
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,15 @@ class QuestionFields:
     """The names that a file's fields have. None tries the usual ones, such as image, question, answer or answers,
     question_id, image_id, answer_type, question_type.
 
-    answer: one text, or a list of those people gave, repeated as often as they gave it. question_id: by default the
-    row's number. answer_type, question_type: what accuracies are reported by.
+    answer: one text, or a list of those people gave, repeated as often as they gave it; a cell of csv and tsv may hold
+    a JSON list. answer_separator: what parts the answers within a text, such as "|"; None: nothing does.
+    question_id: by default the row's number. answer_type, question_type: what accuracies are reported by.
     """
 
     image: str | None = None
     question: str | None = None
     answer: str | None = None
+    answer_separator: str | None = None
     question_id: str | None = None
     image_id: str | None = None
     answer_type: str | None = None
@@ -87,6 +91,20 @@ class QuestionSource(Source):
     def files(self) -> tuple[Path, ...]:
         """All files that decide the rows."""
         return tuple(path for path in (self.questions, self.annotations, self.pictures) if path)
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the file's fields are text alone, as those of csv are."""
+        return self.questions is None and _kind(self) in CELLS
+
+    def unread(self) -> list[str]:
+        """The fields of a row file's first row that nothing reads; none of VQAv2's and GQA's formats."""
+        content = {} if self.questions is not None else _content(self)
+        if isinstance(content, dict):
+            return []
+        _, first = next(content)
+        read = {*_names(self, first).values(), *self.select}
+        return [str(name) for name in first if name not in read]
 
     def rows(self) -> Iterator[Row]:
         """One row a question. Raises DataError with file, place and remedy."""
@@ -247,6 +265,7 @@ def _gqa(source: QuestionSource, content: Mapping[str, Any]) -> Iterator[Entry]:
 def _mapped(source: QuestionSource, rows: Fielded) -> Iterator[Entry]:
     names: dict[str, str] = {}
     places: dict[str, Place] = {}
+    is_cell = source.has_cells
     for number, (place, record) in enumerate(rows):
         if not names:
             names = _names(source, record)
@@ -260,7 +279,13 @@ def _mapped(source: QuestionSource, rows: Fielded) -> Iterator[Entry]:
         own = number if own is None or own == "" else _plain(own)
         if "question_id" in names and not source.needs_answers:
             _check_new(source, own, place, places)
-        answers = values.get("answer")
+        answers = split_answers(
+            values.get("answer"),
+            source.names.answer_separator,
+            is_cell=is_cell,
+            about=f"{source.path}, {place}",
+            where=source.where,
+        )
         yield Entry(
             place,
             own,

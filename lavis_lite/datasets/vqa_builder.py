@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,9 +11,12 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
 from lavis_lite.datasets.builders import ImageTextBuilder, check_limit, selection
+from lavis_lite.datasets.question_doubts import doubts
 from lavis_lite.datasets.questions import QuestionFields, QuestionSource
-from lavis_lite.datasets.records import Source
+from lavis_lite.datasets.records import RecordTable, Source
 from lavis_lite.datasets.vqa import QuestionDataset
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["auto", "vqa", "gqa", "json", "jsonl", "csv", "tsv", "parquet"]
 
@@ -57,6 +61,11 @@ class QuestionSplitConfig:
         if self.image_name is not None and self.pictures is not None:
             raise ConfigError(
                 f"{where}: {where}.image_name and {where}.pictures both name pictures: keep one"
+            )
+        if self.fields is not None and self.fields.answer_separator == "":
+            raise ConfigError(
+                f"{where}.fields.answer_separator is empty; set it to what parts answers, such as '|' (in quotes), or "
+                "to null"
             )
         check_limit(self.limit, where)
 
@@ -120,3 +129,9 @@ class VqaBuilder(ImageTextBuilder):
             where=where,
             needs_answers=split == "train",
         )
+
+    def _probe(self, records: RecordTable, source: Source) -> None:
+        super()._probe(records, source)
+        assert isinstance(source, QuestionSource)
+        for doubt in doubts(records, source):
+            logger.warning("%s", doubt)
