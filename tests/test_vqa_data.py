@@ -226,6 +226,14 @@ def test_a_number_that_two_rows_have(tmp_path: Path) -> None:
     )
 
 
+def test_a_row_that_cannot_be_used_keeps_its_number(tmp_path: Path) -> None:
+    row = {"image": "0.jpg", "question": "what \ud800?", "question_id": 7, "answer": "x"}
+    write(tmp_path / "rows.jsonl", json.dumps(row))
+    save_picture(tmp_path / "0.jpg")
+    record = build(tmp_path, annotations="rows.jsonl").record(0)
+    assert "lone surrogate" in record.problem and record.question.id == "7"
+
+
 def test_questions_without_answers_can_be_asked_but_not_trained_on(tmp_path: Path) -> None:
     pair(tmp_path)
     alone = {**PAIR, "annotations": None}

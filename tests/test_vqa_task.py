@@ -105,6 +105,25 @@ def test_questions_without_answers_are_answered_and_not_scored(tmp_path: Path) -
     assert "No answers are known" in "".join(task.report_sections(evaluation))
 
 
+def test_questions_about_unreadable_pictures_are_answered_with_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = EvalArgs(batch_size=5, max_bad_fraction=0.5, folder=tmp_path, label="test")
+    metrics = evaluate(Questions(6, unreadable=(1, 2, 4)), args=args).metrics
+    assert metrics["num_questions"] == 3 and metrics["accuracy"] == pytest.approx((1 + 1 + 0) / 3)
+    results = json.loads((tmp_path / "results_test.json").read_text())
+    assert sorted((item["question_id"], item["answer"]) for item in results) == [
+        (1000, "Yes."),
+        (1001, ""),
+        (1002, ""),
+        (1003, "Yes."),
+        (1004, ""),
+        (1005, "<b>blue</b>"),
+    ]
+    (told,) = [record.message for record in caplog.records if "results_test.json" in record.message]
+    assert '"" stands for the answers to 3 questions' in told and "for example 1001, 1002, 1004" in told
+
+
 def test_mid_training_is_cheaper() -> None:
     model = Answerer()
     evaluation = evaluate(Questions(), model, final=False, questions_in_training=4)
@@ -118,7 +137,10 @@ def test_two_processes_measure_and_write_what_one_does(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     folder.mkdir()
     run_ranks([sys.executable, str(Path(__file__).with_name("vqa_world.py")), str(folder)])
-    assert len(alone[0][1][1]) == 21 and alone[0][0]["unreadable_images"] == 2
+    said, results = alone[0][1]
+    assert len(said) == 21 and alone[0][0]["unreadable_images"] == 2
+    assert {item["question_id"] for item in results} == set(range(1000, 1023)), "the server wants all of them"
+    assert [item["question_id"] for item in results if not item["answer"]] == [1004, 1011]
     for rank in range(2):
         both = json.loads((folder / f"{rank}.json").read_text())
         for (metrics, written), (expected, expected_files) in zip(both, alone, strict=True):

@@ -359,11 +359,17 @@ def _row(source: QuestionSource, entry: Entry, named: Pictures) -> Row:
         )
     types = [_text(kind) for kind in (entry.answer_type, entry.question_type)]
     question = entry.question.strip()
+    problem = None
     if any(bad_text(text) for text in (image, question, *answers)):
-        clean = image.encode("utf-8", "replace").decode()
-        return Row(clean, problem=f"{about}: text with a lone surrogate (broken UTF-16)")
+        problem = f"{about}: text with a lone surrogate (broken UTF-16)"
+        image, question, *answers = (_clean(text) for text in (image, question, *answers))
+    # A row that can't be used keeps its number: a file of results has to have an answer to it.
     asked = Asked(question, json.dumps(entry.question_id), answers, types[0], types[1])
-    return Row(image, image_id=entry.image_id, question=asked)
+    return Row(image, image_id=entry.image_id, problem=problem, question=asked)
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _answers(value: Any, about: str) -> list[str]:

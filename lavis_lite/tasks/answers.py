@@ -11,9 +11,14 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from lavis_lite.common.errors import DataError
+from lavis_lite.common.logging import get_logger
 from lavis_lite.metrics.vqa import answer_type
 from lavis_lite.tasks.predictions import predict_rows, write_list
 from lavis_lite.tasks.so_far import SoFar
+
+logger = get_logger(__name__)
+
+EXAMPLES = 3  # numbers that a message names
 
 
 class AnsweringModel(Protocol):
@@ -117,10 +122,25 @@ def _prediction(item: Answered) -> dict[str, Any]:
     return {key: value for key, value in asdict(item).items() if key != "row"}
 
 
-def write_results(path: Path, rows: Sequence[Answered]) -> None:
-    """Write the file that VQAv2's evaluation server takes: [{"question_id": 42, "answer": "red"}, ...]."""
+def write_results(path: Path, rows: Sequence[Answered], dataset: Any, asked: Sequence[int]) -> None:
+    """Write the file that VQAv2's evaluation server takes: [{"question_id": 42, "answer": "red"}, ...].
+
+    asked: the rows that were to be answered. The server refuses a file that leaves a question out, so those without an
+    answer, whose picture can't be read, get "" and a line in the log.
+    """
     results = [{"question_id": item.question_id, "answer": item.prediction} for item in rows]
-    write_list(path, results)
+    answered = {item.row for item in rows}
+    silent = [dataset.record(row).question for row in asked if row not in answered]
+    numbers = [json.loads(question.id) for question in silent if question is not None]
+    if numbers:
+        shown = ", ".join(map(str, numbers[:EXAMPLES]))
+        logger.warning(
+            '%s: "" stands for the answers to %d questions whose picture can\'t be read, for example %s',
+            path,
+            len(numbers),
+            shown,
+        )
+    write_list(path, [*results, *({"question_id": number, "answer": ""} for number in numbers)])
 
 
 def read_answer_list(path: str, *, where: str = "task.answer_list") -> list[str]:

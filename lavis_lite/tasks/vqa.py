@@ -60,9 +60,10 @@ class VqaTask(BaseTask):
     """Answers to all questions of a split as in the paper's section 4.1, and their accuracy.
 
     Before anything is scored two files are written to the run's folder: `predictions_<split>.json` with question,
-    answer and truth, and `results_<split>.json`, which VQAv2's evaluation server takes; of an evaluation that is ended
-    before, the answers so far are in `predictions_<split>.part<rank>.jsonl`. Ground truth are the
-    annotations' own answers; a split without any is answered, not scored.
+    answer and truth, and `results_<split>.json`, which VQAv2's evaluation server takes: with "" for the answers to
+    questions whose picture can't be read, which nothing else counts. Of an evaluation that is ended before, the answers
+    so far are in `predictions_<split>.part<rank>.jsonl`. Ground truth are the annotations' own answers; a split without
+    any is answered, not scored.
 
     prompt: what asks a question, with {} in its place; empty for the model's own.
     inference_method: generate, or rank a closed list. answer_list: that list, or a file with it: json, or an answer a
@@ -147,7 +148,8 @@ class VqaTask(BaseTask):
                 rows = ask_questions(model, dataset, chosen, self.answering, loader_args, so_far)
             if rows and dist.is_main() and loader_args.folder is not None and path is not None:
                 write_predictions(path, rows)
-                write_results(loader_args.folder / f"results_{loader_args.label}.json", rows)
+                results = loader_args.folder / f"results_{loader_args.label}.json"
+                write_results(results, rows, dataset, chosen)
         if not rows:
             raise DataError(f"dataset '{dataset.name}' has no question to answer")
         metrics["num_questions"] = float(len(rows))
