@@ -19,6 +19,7 @@ from lavis_lite.datasets.loader import TrainLoader, eval_loader
 from lavis_lite.worlds.shapes.questions import questions
 from lavis_lite.worlds.shapes.scene import sample_scene
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 ANSWERS = ["red"] * 5 + ["blue"] * 3 + ["Red.", "dark red"]
 VIS = {
     "train": {"name": "shapes_image_train", "image_size": 16},
@@ -271,6 +272,15 @@ def test_presets_read_the_official_names(name: str, cache: Path) -> None:
     splits: Any = build_dataset_from_preset(name)
     assert splits["train"].load(0, seed=0)["question_id"] == 90
     assert splits["test"].answered == (name == "ok_vqa")
+    if name == "vqav2":  # all questions of test, as dataset_card/vqav2.md says
+        standard = "v2_OpenEnded_mscoco_test2015_questions.json"
+        (cache / name / "v2_OpenEnded_mscoco_test-dev2015_questions.json").rename(cache / name / standard)
+        data: Any = build_dataset_from_preset(name, {"test": {"questions": standard}})["test"]
+        assert data.load(0, seed=0)["question_id"] == 10
+        for told in ("dataset_card/vqav2.md", "docs/vqa.md", "lavis_lite/configs/datasets/vqav2.yaml"):
+            assert f"datasets.vqav2.test.questions={standard}" in (REPOSITORY / told).read_text(
+                encoding="utf-8"
+            )
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
