@@ -20,12 +20,14 @@ PAPER = REPOSITORY / "projects/blip2/paper"
 STAGE1 = {"vitg": 1680, "vitl": 2320}
 STAGE2 = {"opt": 1920, "t5": 1520}
 CAPTION_DECAY = {"opt2.7b": 1.0, "opt6.7b": 0.95, "flant5xl": 1.0}
+# Of question answering, test-dev and test-std in per cent (section 7).
+VQA_PUBLISHED = {"opt2.7b": (81.59, 81.74), "opt6.7b": (82.19, 82.30), "flant5xl": (81.55, 81.66)}
 VQA_DECAY = {"opt2.7b": 0.95, "opt6.7b": 0.9, "flant5xl": 0.95}
 GPUS = 16
 
 
 def test_none_is_overlooked() -> None:
-    assert len(PROJECTS) >= 58 and len(MODELS) >= 21
+    assert len(PROJECTS) >= 67 and len(MODELS) >= 22
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(REPOSITORY / "projects")))
@@ -135,6 +137,40 @@ def test_vqa_fine_tuning_has_the_papers_numbers(llm: str) -> None:
     with torch.device("meta"):
         built = registry.get_model_class(model["arch"]).from_config({**model, "tokenizer": "shapes"})
     assert built.takes_questions and built.tokenizer.source == "shapes"
+
+
+@pytest.mark.parametrize("llm", VQA_PUBLISHED)
+def test_fine_tuned_question_answering_expects_the_papers_numbers(llm: str) -> None:
+    tuned, checked = (f"vqav2_ft_{llm}.yaml", f"eval/vqav2_ft_{llm}.yaml")
+    for name in (tuned, checked):
+        config = load_config(PAPER / name)
+        assert config.expected is not None and "test-dev" in config.expected.source
+        dev, std = (published / 100 for published in VQA_PUBLISHED[llm])
+        assert config.expected.metrics == {"test/accuracy": pytest.approx(dev)}
+        assert f"# test-std: {std:.4f}" in (PAPER / name).read_text()
+    training = load_config(PAPER / tuned)
+    assert config.run.checkpoint == training.run.output_dir and config.run.test_splits == ("test",)
+    assert config.model["arch"] == training.model["arch"] and config.model["model_type"] == f"vqa_{llm}"
+    assert config.model["prompt"] == prompt_of(llm) and config.model["qformer_text_input"]
+    section = config.datasets["vqav2"]
+    assert section["train"] is None and section["val"] is None, "their files need not be there"
+    assert (
+        section["vis_processor"]["eval"]["image_size"] == 490 and "test-dev" in section["test"]["questions"]
+    )
+
+
+@pytest.mark.parametrize("name", ["vqa", "vqa_t5"])
+def test_the_embedded_worlds_evaluations_expect_the_measured_numbers(name: str) -> None:
+    config = load_config(REPOSITORY / f"projects/blip2/eval/{name}.yaml")
+    stage2 = f"output/pretrain_stage2{name.removeprefix('vqa')}"
+    assert config.run.checkpoint == stage2 and config.run.test_splits == ("test",)
+    assert config.expected is not None
+    results = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    told = results.split("## Questions about the embedded world")[1].split("\n## ")[0]
+    metrics = config.expected.metrics
+    kinds = [f"test/answer_type/{kind}" for kind in ("yes_no", "number", "other")]
+    assert list(metrics) == ["test/accuracy", *kinds]
+    assert all(f"{value:.3f}" in told for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", ["vqa_ft", "vqa_ft_t5", "vqa_zeroshot", "vqa_zeroshot_t5"])
