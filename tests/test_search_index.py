@@ -175,6 +175,16 @@ def test_add_takes_only_what_is_new(built: Path, tmp_path: Path) -> None:
     check_index(built)
 
 
+def test_adding_only_unreadable_pictures_leaves_the_index_as_it_is(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    before = (built / "index.json").read_bytes()
+    for _ in range(2):
+        done = add_images(tmp_path / "pictures", built, colour_encoder())
+        assert (done.images, done.changed, done.unreadable) == (12, 0, 1)
+    assert (built / "index.json").read_bytes() == before
+    assert len(list((built / "parts").iterdir())) == 1 and not (built / "building").exists()
+
+
 def test_a_journal_whose_images_are_in_the_index_is_forgotten(built: Path, tmp_path: Path) -> None:
     header = {"command": "build", "model": "colours/test", "dtype": "fp16", "parts": []}
     (built / "building").mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lavis_lite.common.errors import ConfigError, MissingDependencyError
 from lavis_lite.search import store as store_module
 from lavis_lite.search.candidates import CandidateIndex, Setting, choose_factory, draw_queries, tune
 from lavis_lite.search.scoring import score, search_exactly
+from lavis_lite.search.store import Store
 
 
 def draw_vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -111,6 +114,39 @@ def recall(index: CandidateIndex, store: Any, images: Tensor, asked: Tensor) -> 
         for found, query in zip(rows, asked, strict=True)
     ]
     return sum(right) / (100 * len(asked))
+
+
+@pytest.mark.parametrize("start", [0, 1, 8, 20, 29, 41, 42])
+def test_blocks_begin_where_they_are_asked_to(
+    start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BLOCK", 3 * 4 * 8)  # blocks of 8 images
+    images = draw_vectors(42, 3, 4)
+    stores = [make_store(tmp_path, part) for part in images.split([20, 9, 13])]
+    parts = tuple(store.manifest.parts[0] for store in stores)
+    store = Store(tmp_path, replace(stores[0].manifest, parts=parts))
+    blocks = list(store.blocks(start))
+    rows = [row for first, block in blocks for row in range(first, first + len(block))]
+    assert rows == list(range(start, 42))
+    assert torch.equal(torch.cat([images[:0], *(block for _, block in blocks)]), images[start:])
+
+
+def test_an_index_reads_only_the_images_it_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    images = draw_vectors(50, 2, 8)
+    index = CandidateIndex.train(make_store(tmp_path, images[:30]), "IVF4,Flat")
+    read, blocks = [], Store.blocks
+
+    def noted(store: Store, *start: int) -> Iterator[tuple[int, Tensor]]:
+        for first, block in blocks(store, *start):
+            read.extend(range(first, first + len(block)))
+            yield first, block
+
+    monkeypatch.setattr(Store, "blocks", noted)
+    index.add(make_store(tmp_path, images))
+    assert read == list(range(30, 50)) and index.index.ntotal == 100
 
 
 def test_many_deleted_images_near_a_query_do_not_hide_the_living(tmp_path: Path) -> None:

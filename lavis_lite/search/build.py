@@ -222,11 +222,8 @@ def _extend(
         speed = encode_pictures(
             encoder, names, journal, batch_size=options.batch_size, num_workers=options.num_workers
         )
-        if not journal.names and not manifest.images:
-            journal.remove()
-            raise DataError(
-                f"none of the {len(names)} pictures can be read; the first: {_first_problem(journal)}"
-            )
+        if not journal.names:
+            return _without_new_pictures(root, manifest, journal, speed)
         part = journal.finish()
     manifest = replace(manifest, parts=(*manifest.parts, part))
     texts = encoder.encode_texts(options.texts) if options.texts else None
@@ -241,6 +238,18 @@ def _extend(
         images_per_second=speed,
         recall=_recall_of(manifest),
     )
+
+
+def _without_new_pictures(root: Path, manifest: Manifest, journal: Journal, speed: float) -> Summary:
+    """An index stays as it is where none of the pictures can be read; DataError where there is nothing in it."""
+    journal.remove()
+    if not manifest.images:
+        raise DataError(
+            f"none of the {len(journal.unreadable)} pictures can be read; the first: {_first_problem(journal)}"
+        )
+    _clean(root, manifest)
+    images = manifest.images - manifest.num_deleted
+    return Summary(images, 0, len(journal.unreadable), speed, _recall_of(manifest))
 
 
 def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, texts: Tensor | None) -> Manifest:

@@ -103,11 +103,8 @@ class CandidateIndex:
 
     def add(self, store: Store) -> None:
         """Add the images of the store that it doesn't hold yet: those at its end."""
-        queries = store.manifest.queries
-        for start, images in store.blocks():
-            held = self.index.ntotal // queries - start
-            if held < len(images):
-                self.index.add(images[max(0, held) :].flatten(0, 1).numpy())
+        for _, images in store.blocks(self.index.ntotal // store.manifest.queries):
+            self.index.add(images.flatten(0, 1).numpy())
 
     def search(self, store: Store, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """As `search_exactly`, over the candidates; where fewer than `top` were found, score -inf and row -1."""

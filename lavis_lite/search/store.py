@@ -69,14 +69,20 @@ class Store:
             found[here] = self._vectors[part][wanted[here] - start]
         return torch.from_numpy(found)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32[n, Q, E]) over all images; kept in memory for the next time where they are few."""
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32[n, Q, E]) over the images from row `start` on.
+
+        All images are kept in memory for the next time where they are few.
+        """
+        if start:
+            yield from self._read(start)
+            return
         if self._kept is not None:
             yield from self._kept
             return
         kept: list[tuple[int, Tensor]] = []
         few = len(self) * self.manifest.queries * self.manifest.width * 4 <= KEPT_BYTES
-        for block in self._read():
+        for block in self._read(0):
             if few:
                 kept.append(block)
             yield block
@@ -86,10 +92,10 @@ class Store:
         """Give the memory back that `blocks` kept for the next time."""
         self._kept = None
 
-    def _read(self) -> Iterator[tuple[int, Tensor]]:
+    def _read(self, start: int) -> Iterator[tuple[int, Tensor]]:
         step = max(1, BLOCK // (self.manifest.queries * self.manifest.width))
         for part, vectors in enumerate(self._vectors):
-            start = int(self._ends[part - 1]) if part else 0
-            for first in range(0, len(vectors), step):
+            before = int(self._ends[part - 1]) if part else 0
+            for first in range(max(0, start - before), len(vectors), step):
                 block = vectors[first : first + step].astype(np.float32)
-                yield start + first, torch.from_numpy(block)
+                yield before + first, torch.from_numpy(block)
