@@ -30,6 +30,7 @@ from lavis_lite.search import (
 )
 from lavis_lite.search.build import locked
 from lavis_lite.search.manifest import load_manifest
+from lavis_lite.search.sources import short_name
 
 TESTS = Path(__file__).resolve().parent
 
@@ -210,6 +211,60 @@ def test_deleted_images_are_not_found_and_compacting_removes_them(built: Path, t
     assert names_of(built) == left
     # A deleted picture that is still in the folder comes back with the next add.
     assert add_images(tmp_path / "pictures", built, colour_encoder()).images == 12
+
+
+def test_a_name_is_a_name_before_it_is_a_pattern(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 3)
+    for old, new in (("000", "ph[1]"), ("001", "ph1"), ("002", "x[1]ph1")):
+        (tmp_path / "pictures" / f"{old}.png").rename(tmp_path / "pictures" / f"{new}.png")
+    build_index(tmp_path / "pictures", tmp_path / "idx", colour_encoder())
+    assert delete_images(tmp_path / "idx", ["ph[1].png"]).changed == 1
+    assert names_of(tmp_path / "idx") == ["ph1.png", "x[1]ph1.png"]
+    assert delete_images(tmp_path / "idx", ["ph[1].png"]).changed == 1  # now it fits as a pattern
+    assert names_of(tmp_path / "idx") == ["x[1]ph1.png"]
+    assert delete_images(tmp_path / "idx", [str(tmp_path / "pictures" / "x[1]ph1.png")]).images == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        ("001.png", ["000.png", "002.png"]),
+        ("a.tar::001.png", ["000.png", "002.png"]),
+        ("00[01].png", ["002.png"]),
+        ("a.tar::*", []),
+        ("/a.tar::*", None),
+        ("1.png", None),
+        ("", None),
+    ],
+)
+def test_members_of_a_tar_file_are_deleted_by_their_names(
+    wanted: str, left: list[str] | None, tmp_path: Path
+) -> None:
+    make_shard(tmp_path / "a.tar", 3, seed=0)
+    build_index(str(tmp_path / "a.tar"), tmp_path / "idx", colour_encoder())
+    if left is None:
+        with pytest.raises(InputError, match="fits no image"):
+            delete_images(tmp_path / "idx", [wanted])
+        return
+    delete_images(tmp_path / "idx", [wanted])
+    assert [short_name(name)[-7:] for _, name in open_index(tmp_path / "idx").store.names()] == left
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_mistyped_index_leaves_no_trace(there: bool, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 1)
+    typo = tmp_path / "typo"
+    if there:
+        typo.mkdir()
+    for change in (
+        lambda: delete_images(typo, ["a"]),
+        lambda: compact_index(typo),
+        lambda: add_images(tmp_path / "pictures", typo, colour_encoder()),
+    ):
+        with pytest.raises(DataError, match="no index at"):
+            change()
+    assert not there or not list(typo.iterdir())
+    assert typo.exists() == there
 
 
 def test_an_index_is_replaced_at_once_and_only_if_asked(built: Path, tmp_path: Path) -> None:

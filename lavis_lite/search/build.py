@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from lavis_lite.search.manifest import (
     fresh_name,
     load_manifest,
 )
+from lavis_lite.search.naming import find_rows
 from lavis_lite.search.opening import check_same_model
 from lavis_lite.search.sources import list_pictures, short_name
 from lavis_lite.search.store import DTYPES, Store
@@ -91,6 +91,7 @@ def build_index(
     """
     root, options = Path(out), options or BuildOptions()
     names = list(list_pictures(images))
+    root.mkdir(parents=True, exist_ok=True)
     with locked(root):
         old = load_manifest(root) if (root / MANIFEST).exists() else None
         if old and not replace_old:
@@ -113,8 +114,7 @@ def add_images(
 ) -> Summary:
     """Add the pictures that aren't in the index yet, by its own kind, dtype and target. Else as `build_index`."""
     root = Path(out)
-    with locked(root):
-        manifest = load_manifest(root)
+    with changing(root) as manifest:
         check_same_model(root, manifest, encoder)
         options = replace(
             options or BuildOptions(), kind=manifest.kind, dtype=manifest.dtype, target=manifest.target
@@ -130,24 +130,17 @@ def add_images(
 
 
 def delete_images(out: str | os.PathLike[str], patterns: Sequence[str]) -> Summary:
-    """Delete the images whose name, or the name below their folder, is one of `patterns` (`*`, `?` and `[..]` as in
-    a shell).
+    """Delete the images that `patterns` mean, names or patterns of a shell, see `find_rows`.
 
-    Raises InputError when a pattern fits no image, and then deletes nothing.
+    Raises InputError when one of them fits no image, and then deletes nothing.
     """
     root = Path(out)
-    with locked(root):
-        manifest = load_manifest(root)
+    with changing(root) as manifest:
         store = Store(root, manifest)
-        fits = [_matcher(pattern) for pattern in patterns]
-        used, rows = [False] * len(fits), []
-        for row, name in store.names():
-            hits = [fit(short_name(name)) for fit in fits]
-            used = [before or now for before, now in zip(used, hits, strict=True)]
-            if any(hits):
-                rows.append(row)
-        if not all(used):
-            raise InputError(f"'{patterns[used.index(False)]}' fits no image of '{root}'")
+        found = find_rows(store.names(), patterns)
+        if not all(found):
+            raise InputError(f"'{patterns[found.index([])]}' fits no image of '{root}'")
+        rows = sorted({row for several in found for row in several})
         store.alive[rows] = False
         path = f"deleted-{fresh_name()}.npy"
         with atomic_file(root / path) as temporary, temporary.open("wb") as file:
@@ -165,8 +158,7 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
     Raises DataError when an `add` is unfinished.
     """
     root = Path(out)
-    with locked(root):
-        manifest = load_manifest(root)
+    with changing(root) as manifest:
         _clean(root, manifest)
         if (root / BUILDING).exists():
             raise DataError(f"'{root}' has an unfinished add: finish it first, by the same command")
@@ -183,9 +175,16 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
 
 
 @contextlib.contextmanager
+def changing(root: Path) -> Iterator[Manifest]:
+    """The manifest of an index that this process alone changes; DataError where there is none."""
+    load_manifest(root)  # first: the lock leaves a file, which a folder that is no index shouldn't get
+    with locked(root):
+        yield load_manifest(root)
+
+
+@contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """One process at a time changes an index; DataError for a second one. A killed process holds nothing."""
-    root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:
         try:
             lock.enter_context(
@@ -323,12 +322,6 @@ def _shape_of(encoder: Encoder) -> tuple[int, int]:
     """(Q, E) of the model's image vectors."""
     queries: Any = encoder.model.query_tokens
     return int(queries.shape[1]), int(encoder.model.vision_proj.out_features)
-
-
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name, or its end from some folder on, fits a pattern."""
-    whole = os.path.isabs(pattern)
-    return lambda name: fnmatch.fnmatchcase(name, pattern if whole else f"*/{pattern}")
 
 
 def _recall_of(manifest: Manifest) -> float | None:
