@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from data_helpers import warnings_logged
 from PIL import Image
 from search_world import QUERIES, WIDTH, colour_encoder, save_pictures
 
-from lavis_lite.common.errors import DataError, InputError
+from lavis_lite.common.errors import ConfigError, DataError, InputError
 from lavis_lite.search import (
     BuildOptions,
     Searcher,
@@ -342,6 +343,30 @@ def test_an_approximate_index_grows_with_its_images(tmp_path: Path) -> None:
     compact_index(tmp_path / "idx")
     exact = Searcher(open_index(tmp_path / "idx"), encoder).search("200 30 30", exact=True)
     assert Searcher(open_index(tmp_path / "idx"), encoder).search("200 30 30") == exact
+
+
+def test_a_wrong_kind_is_said_before_anything_is_encoded(built: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    encoder = colour_encoder()
+    for kind, said in (("IVVF4", "could not parse"), ("IVF64,Flat", "at least 64 vectors, and there are 36")):
+        with pytest.raises(ConfigError, match=said):
+            build_index(tmp_path / "pictures", tmp_path / "new", encoder, BuildOptions(kind=kind))
+    # An index of few pictures grows into one that needs faiss.
+    grown = replace(load_manifest(built), kind="IVF64,Flat")
+    grown.save(built)
+    save_pictures(tmp_path / "more", 3, seed=9)
+    with pytest.raises(ConfigError, match="at least 64 vectors, and there are 45"):
+        add_images(tmp_path / "more", built, encoder)
+    assert encoder.model.images_seen == 0 and not (tmp_path / "new").exists()
+    assert not (built / "building").exists()
+
+
+def test_a_file_can_not_be_an_index(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "pictures", 1)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/idx"):
+        with pytest.raises(DataError, match="can't be an index's folder: there is a file of that name"):
+            build_index(tmp_path / "pictures", tmp_path / place, colour_encoder())
 
 
 def make_shard(path: Path, count: int, *, seed: int) -> None:

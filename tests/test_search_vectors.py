@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,14 @@ from torch.nn.functional import normalize
 
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
 from lavis_lite.search import store as store_module
-from lavis_lite.search.candidates import CandidateIndex, Setting, choose_factory, draw_queries, tune
+from lavis_lite.search.candidates import (
+    CandidateIndex,
+    Setting,
+    check_kind,
+    choose_factory,
+    draw_queries,
+    tune,
+)
 from lavis_lite.search.scoring import score, search_exactly
 from lavis_lite.search.store import Store
 
@@ -174,15 +182,48 @@ def test_asking_for_more_than_there_is(tmp_path: Path) -> None:
     assert scores[0, 30:].eq(-torch.inf).all()
 
 
-def test_a_description_that_faiss_does_not_know_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("IVVF4", "--kind 'IVVF4': faiss can't build this index: could not parse index string IVVF4"),
+        ("IVF4,PQ3x4fs", "faiss can't build this index: The dimension of the vector"),
+        ("LSH", "faiss can't build this index: Error: 'metric == METRIC_L2' failed"),
+        ("IVF99999999999,Flat", "faiss can't build this index: C++ exception stoi"),
+        (
+            "IVF64,Flat",
+            "--kind 'IVF64,Flat': it is trained on at least 64 vectors, and there are 60; --kind flat",
+        ),
+        ("PQ4", "it is trained on at least 256 vectors, and there are 60"),
+        ("IVF2,PQ4", "it is trained on at least 256 vectors, and there are 60"),
+    ],
+)
+def test_a_kind_that_can_not_be_built_is_one_line_before_anything_is_encoded(kind: str, message: str) -> None:
+    pytest.importorskip("faiss")
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        check_kind(kind, 60, 8)
+    assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["IVF1,PQ1x7", "PCA4,IVF4,Flat", "hnsw", "ivfpq"])
+def test_a_kind_that_was_checked_can_be_trained(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    check_kind(kind, 512, 8)
+    factory = choose_factory(kind, 512, 8)
+    assert factory is not None
+    assert CandidateIndex.train(make_store(tmp_path, draw_vectors(256, 2, 8)), factory).index.ntotal == 512
+
+
+def test_what_training_finds_out_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     store = make_store(tmp_path, draw_vectors(30, 2, 8))
-    with pytest.raises(ConfigError, match="--kind 'IVVF4': faiss can't build this index") as caught:
-        CandidateIndex.train(store, "IVVF4")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"--kind 'IVF64,Flat': faiss can't .*: Number of training"
+    ) as caught:
+        CandidateIndex.train(store, "IVF64,Flat")
+    assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
 
 
-def test_without_faiss_a_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -190,10 +231,12 @@ def test_without_faiss_a_line_says_how_to_get_it(tmp_path: Path, monkeypatch: py
             raise ImportError(name)
         return real(name, *rest)
 
-    store = make_store(tmp_path, draw_vectors(30, 2, 8))
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'lavis-lite\[index\]'"):
-        CandidateIndex.train(store, "IVF4,Flat")
+    check_kind("flat", 10**9, 8)
+    check_kind("auto", 1000, 8)
+    for kind, vectors in (("IVF4,Flat", 60), ("auto", 10**7)):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'lavis-lite\[index\]'"):
+            check_kind(kind, vectors, 8)
 
 
 def test_measuring_queries_lie_off_what_is_stored(tmp_path: Path) -> None:

@@ -87,11 +87,13 @@ def build_index(
         replace_old: when there is an index already: it is searchable until the new one takes its place.
 
     Raises DataError when there is an index already, no picture can be read, or an unfinished build was begun with
-    another model.
+    another model; before anything is encoded, what `candidates.check_kind` raises.
     """
     root, options = Path(out), options or BuildOptions()
     names = list(list_pictures(images))
-    root.mkdir(parents=True, exist_ok=True)
+    queries, width = _shape_of(encoder)
+    candidates.check_kind(options.kind, len(names) * queries, width)
+    _make_folder(root)
     with locked(root):
         old = load_manifest(root) if (root / MANIFEST).exists() else None
         if old and not replace_old:
@@ -99,7 +101,6 @@ def build_index(
             raise DataError(
                 f"there is an index at '{root}' already: `index add` adds to it, --replace replaces it"
             )
-        queries, width = _shape_of(encoder)
         manifest = Manifest(encoder.identity, queries, width, options.dtype, options.kind, options.target)
         return _extend(
             root, manifest, names, encoder, options, old=old, what="build", source=_absolute(images)
@@ -124,6 +125,8 @@ def add_images(
         if not names:
             _clean(root, manifest)
             return Summary(manifest.images - manifest.num_deleted, 0, recall=_recall_of(manifest))
+        vectors = (manifest.images + len(names)) * manifest.queries
+        candidates.check_kind(manifest.kind, vectors, manifest.width)
         return _extend(
             root, manifest, names, encoder, options, old=manifest, what="add", source=_absolute(images)
         )
@@ -172,6 +175,13 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
         manifest.save(root)
         _clean(root, manifest)
         return Summary(len(names), before - len(names), recall=_recall_of(manifest))
+
+
+def _make_folder(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"'{root}' can't be an index's folder: there is a file of that name") from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,10 @@ Legend: N images, Q vectors each, E their width, M queries of V vectors each.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,13 @@ EXACT_VECTORS = 1_000_000
 # From so many cells on, the nearest ones are found through a graph (HNSW) instead of by comparing with all.
 GRAPH_CELLS = 16_384
 POINTS_PER_CELL = 64
+# An index with fewer centroids, or none, is trained as if it had so many.
+LEAST_SAMPLED = 16
 # Recall is measured, and candidates are fetched, for at least so many images.
 MEASURED_TOP = 100
 MEASURED_QUERIES = 100
+# What its messages begin with: "Error in FUNCTION at FILE:LINE: Error: 'CONDITION' failed: ", the last part sometimes.
+FAISS_SOURCE = re.compile(r"^Error in .*? at \S+:\d+: (Error: '.*?' failed: )?")
 FIRST_NPROBE, FIRST_OVERSAMPLE, LARGEST_OVERSAMPLE = 16, 4, 512
 
 
@@ -53,6 +60,23 @@ def choose_factory(kind: str, vectors: int, width: int) -> str | None:
     graph = "_HNSW32" if cells > GRAPH_CELLS else ""
     codes = width // 2 if width % 2 == 0 else width
     return f"IVF{cells}{graph},PQ{codes}x4fs"
+
+
+def check_kind(kind: str, vectors: int, width: int) -> None:
+    """Raises early what training the index for so many vectors (at most) would raise after hours of encoding.
+
+    ConfigError for a description of which faiss can't make anything, or that needs more vectors to train on;
+    MissingDependencyError without faiss.
+    """
+    factory = choose_factory(kind, vectors, width)
+    if factory is None:
+        return
+    least = _least_vectors(_untrained(factory, width))
+    if vectors < least:
+        raise ConfigError(
+            f"--kind '{factory}': it is trained on at least {least} vectors, and there are {vectors}; "
+            "--kind flat needs no training"
+        )
 
 
 @dataclass
@@ -75,17 +99,14 @@ class CandidateIndex:
 
         Raises ConfigError when faiss can't make anything of the description, or there are too few vectors.
         """
-        faiss = import_faiss()
-        try:
-            index = faiss.index_factory(store.manifest.width, factory, faiss.METRIC_INNER_PRODUCT)
-            cells = _cells_of(index)
-            if cells is not None:
-                cells.cp.niter, cells.cp.seed = 10, seed + 1
-                cells.cp.min_points_per_centroid, cells.cp.max_points_per_centroid = 1, POINTS_PER_CELL
-            index.train(_sample(store, POINTS_PER_CELL * (cells.nlist if cells is not None else 1024), seed))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"--kind '{factory}': faiss can't build this index: {reason}") from error
+        index = _untrained(factory, store.manifest.width)
+        cells = _cells_of(index)
+        if cells is not None:
+            cells.cp.niter, cells.cp.seed = 10, seed + 1
+            cells.cp.min_points_per_centroid, cells.cp.max_points_per_centroid = 1, POINTS_PER_CELL
+        sample = _sample(store, POINTS_PER_CELL * max(LEAST_SAMPLED, _least_vectors(index)), seed)
+        with _one_line(factory):
+            index.train(sample)
         found = cls(index, factory, Setting(), trained_on=len(store))
         found.add(store)
         return found
@@ -220,6 +241,30 @@ def _cells_of(index: Any) -> Any | None:
         return faiss.extract_index_ivf(index)
     except RuntimeError:
         return None
+
+
+def _untrained(factory: str, width: int) -> Any:
+    """An empty index by faiss's description of it."""
+    faiss = import_faiss()
+    with _one_line(factory):
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+
+
+def _least_vectors(index: Any) -> int:
+    """So many vectors can be trained on at the least: as many as there are cells, or product codes."""
+    cells = _cells_of(index)
+    codes = getattr(import_faiss().downcast_index(cells if cells is not None else index), "pq", None)
+    return max(int(cells.nlist) if cells is not None else 0, int(codes.ksub) if codes is not None else 0)
+
+
+@contextlib.contextmanager
+def _one_line(factory: str) -> Iterator[None]:
+    """faiss's complaint about a description, without the places in its source that it names."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = FAISS_SOURCE.sub("", " ".join(str(error).split()))
+        raise ConfigError(f"--kind '{factory}': faiss can't build this index: {reason}") from error
 
 
 def _sample(store: Store, count: int, seed: int) -> np.ndarray[Any, Any]:
