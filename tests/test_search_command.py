@@ -12,6 +12,8 @@ from search_world import save_pictures
 from lavis_lite import load_model_and_preprocess
 from lavis_lite.cli import main
 from lavis_lite.common.checkpoint import save_tensors
+from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.model_recipe import model_recipe
 from lavis_lite.datasets.images import read_image
 from lavis_lite.search import ModelChoice, load_encoder
 
@@ -98,6 +100,7 @@ def test_check_tells_what_is_there(place: Path, capsys: pytest.CaptureFixture[st
         ("search nowhere --text a", 1, "no index at 'nowhere'"),
         ("search IDX --image nowhere.jpg", 2, "--image 'nowhere.jpg': no such file"),
         ("search IDX --image PICTURE --rerank", 2, "re-ranking matches images with a text"),
+        ("search IDX --text a --itm-weight 0.5", 2, "--itm-weight is part of --rerank sum"),
         ("search IDX --text a --top 0", 2, "at least one image is to be found"),
         ("search IDX --text a --checkpoint OTHER", 1, "was built by blip2/shapes with"),
         ("build --images nowhere --out new --model blip2/shapes", 1, "no such folder or tar file"),
@@ -144,6 +147,23 @@ def test_the_fingerprint_tells_weights_apart_and_nothing_else(place: Path, tmp_p
         )
     )
     assert own == same != other
+
+
+def test_the_weight_of_matching_is_the_runs(place: Path, tmp_path: Path) -> None:
+    weights = str(place / "model.safetensors")
+    assert load_encoder(ModelChoice("blip2/shapes", weights), device="cpu").itm_weight == 1
+    run, recipe = tmp_path / "run", model_recipe("blip2/shapes")
+    content = {"model": dict(recipe.model), "datasets": {"shapes_caption": dict(recipe.preprocess)}}
+    run.mkdir()
+    save_weights(run / "model.safetensors", seed=0)
+    (run / "config.yaml").write_text(json.dumps({**content, "task": {"itm_weight": 0.25}}))
+    for choice in (ModelChoice(str(run), weights), ModelChoice("blip2/shapes", str(run))):
+        assert load_encoder(choice, device="cpu").itm_weight == 0.25
+    (run / "config.yaml").write_text(json.dumps({**content, "task": {"itm_weight": "much"}}))
+    with pytest.raises(ConfigError, match=r"its config.yaml must be a number above 0, is much"):
+        load_encoder(ModelChoice(str(run), weights), device="cpu")
+    (run / "config.yaml").write_text(json.dumps(content))
+    assert load_encoder(ModelChoice(str(run), weights), device="cpu").itm_weight == 1
 
 
 def test_the_benchmark_compares_what_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,7 @@ def _search(args: argparse.Namespace) -> None:
         top=args.top,
         rerank=args.rerank,
         candidates=args.candidates,
+        itm_weight=args.itm_weight,
         exact=args.exact,
     )
     query = args.text if args.text is not None else args.image
@@ -166,6 +167,12 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         help="order the first candidates by image-text matching: with ITC (sum) or alone (itm)",
     )
     parser.add_argument("--candidates", type=int, default=128, metavar="N", help="re-ranked images")
+    parser.add_argument(
+        "--itm-weight",
+        type=float,
+        metavar="W",
+        help="of matching in --rerank sum; by default the run's own task.itm_weight, 1 where there is no run",
+    )
     parser.add_argument("--exact", action="store_true", help="compare with every image")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", metavar="FILE", help="write a contact sheet")

@@ -32,6 +32,12 @@ def is_run(name: str | Path) -> bool:
     return (Path(name).expanduser() / CONFIG_FILE).is_file()
 
 
+def run_task(folder: str | Path) -> Mapping[str, Any]:
+    """The `task` section that a run was trained and evaluated with; see `is_run`."""
+    task: Mapping[str, Any] = read_yaml(Path(folder).expanduser() / CONFIG_FILE).get("task") or {}
+    return task
+
+
 def model_recipe(
     name: str, model_type: str | None = None, checkpoint: str | Path | None = None
 ) -> ModelRecipe:

@@ -20,7 +20,7 @@ from lavis_lite.api import build_recipe, load_preprocess
 from lavis_lite.common.device import autocast, choose_device, choose_precision
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.hub import PREFIX
-from lavis_lite.common.model_recipe import is_run, model_recipe
+from lavis_lite.common.model_recipe import is_run, model_recipe, run_task
 
 NEEDED = ("query_features", "text_features", "match_logits", "project_image")
 
@@ -41,6 +41,7 @@ class Encoder:
         processor: picture in RGB -> float32[3, H, W]. clean: a text as the model was trained with.
         identity: what an index remembers of the model, see `load_encoder`.
         precision: fp32, bf16 or fp16.
+        itm_weight: how much re-ranking trusts the matching head beside ITC, unless a search says otherwise.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Encoder:
         identity: Mapping[str, Any],
         *,
         precision: str = "fp32",
+        itm_weight: float = 1.0,
     ) -> None:
         self.model, self.processor, self.clean = model, processor, clean
-        self.identity, self.precision = dict(identity), precision
+        self.identity, self.precision, self.itm_weight = dict(identity), precision, itm_weight
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -108,7 +110,21 @@ def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = 
         ),
     }
     chosen = choose_precision(precision, where)
-    return Encoder(model, vision["eval"], text.get("eval", str), identity, precision=chosen)
+    clean = text.get("eval", str)
+    return Encoder(
+        model, vision["eval"], clean, identity, precision=chosen, itm_weight=_evaluation_weight(choice)
+    )
+
+
+def _evaluation_weight(choice: ModelChoice) -> float:
+    """`task.itm_weight` of the run that has the weights, or of the one that is the model; 1 without a run."""
+    run = next((place for place in (choice.checkpoint, choice.model) if place and is_run(place)), None)
+    weight = run_task(run).get("itm_weight", 1.0) if run else 1.0
+    if not isinstance(weight, int | float) or weight <= 0:
+        raise ConfigError(
+            f"'{run}': task.itm_weight in its config.yaml must be a number above 0, is {weight}"
+        )
+    return float(weight)
 
 
 def fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:

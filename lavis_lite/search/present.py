@@ -22,21 +22,20 @@ def as_table(hits: Sequence[Hit]) -> Table:
     """Rank, scores and name, a row each."""
     table = Table(box=None, pad_edge=False)
     matched = any(hit.itm is not None for hit in hits)
-    for heading in ("", "score", *(("ITC", "ITM") if matched else ())):
+    for heading in ("", "score", *(("re-ranked", "ITM") if matched else ())):
         table.add_column(heading, justify="right")
     table.add_column("image", overflow="fold")
     for hit in hits:
-        itm = f"{hit.itm:.3f}" if hit.itm is not None else "-"
-        scores = [f"{hit.score:.4f}", *((f"{hit.itc:.4f}", itm) if matched else ())]
-        table.add_row(str(hit.rank), *scores, escape_markup(hit.image))
+        again = (_number(hit.reranked, 4), _number(hit.itm, 3)) if matched else ()
+        table.add_row(str(hit.rank), f"{hit.score:.4f}", *again, escape_markup(hit.image))
     return table
 
 
 def as_json(query: str, hits: Sequence[Hit]) -> str:
-    """{"query", "results": [{"rank", "image", "score", "itc", "itm"}]}, itm where images were matched."""
+    """{"query", "results": [{"rank", "image", "score", "reranked", "itm"}]}, the last two of re-ranked images."""
     results = [
-        {"rank": hit.rank, "image": hit.image, "score": hit.score, "itc": hit.itc}
-        | ({"itm": hit.itm} if hit.itm is not None else {})
+        {"rank": hit.rank, "image": hit.image, "score": hit.score}
+        | ({"reranked": hit.reranked, "itm": hit.itm} if hit.reranked is not None else {})
         for hit in hits
     ]
     return json.dumps({"query": query, "results": results}, ensure_ascii=False)
@@ -54,14 +53,18 @@ def write_contact_sheet(path: Path, query: str, hits: Sequence[Hit], *, searched
 
 
 def _tile(hit: Hit) -> str:
-    scores = f"score {hit.score:.4f}" + (
-        f" · ITC {hit.itc:.4f} · ITM {hit.itm:.3f}" if hit.itm is not None else ""
-    )
+    scores = f"score {hit.score:.4f}"
+    if hit.reranked is not None:
+        scores += f" · re-ranked {hit.reranked:.4f} · ITM {_number(hit.itm, 3)}"
     try:
         image = picture(small_jpeg(read_image(hit.name)), hit.image)
     except UnreadableSample as error:
         image = f'<p class="note">{escape(error.reason)}</p>'
     return card(image, f'<strong>{hit.rank}</strong> {escape(scores)}<p class="note">{escape(hit.image)}</p>')
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def escape_markup(text: str) -> str:

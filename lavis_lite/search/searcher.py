@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,15 +31,15 @@ BATCH_SIZE = 16
 class Hit:
     """A found image.
 
-    name: how `read_image` finds it. score: what the order is by: ITC's cosine, or the re-ranking score. itc: the
-    cosine. itm: the probability that image and text match, in [0, 1]; None where it wasn't asked for or the picture
-    can't be read any more.
+    name: how `read_image` finds it. score: `scoring.score`, a cosine. reranked: the score of re-ranking, on the scale
+    of log odds; itm: the probability that image and text match, in [0, 1]; both None where the image wasn't re-ranked:
+    not asked for, behind the candidates, or the picture can't be read any more.
     """
 
     rank: int
     name: str
     score: float
-    itc: float
+    reranked: float | None = None
     itm: float | None = None
 
     @property
@@ -75,6 +75,7 @@ class Searcher:
         top: int = 10,
         rerank: str | None = None,
         candidates: int = CANDIDATES,
+        itm_weight: float | None = None,
         exact: bool = False,
     ) -> list[Hit]:
         """The best images for a text, or for the picture in a file.
@@ -82,6 +83,7 @@ class Searcher:
         Args:
             rerank: "sum" or "itm" puts the first `candidates` in the order of that score, see
                 `lavis_lite.tasks.rerank`; for texts.
+            itm_weight: of matching in the form "sum", by default the encoder's: what its run was evaluated with.
             exact: compare with every image also where there is an approximate index.
 
         Raises InputError unless there is one of text and image, and when a picture is to be re-ranked or can't be read.
@@ -94,17 +96,23 @@ class Searcher:
             raise InputError(f"at least one image is to be found, not {min(top, candidates)}")
         if rerank is not None and text is None:
             raise InputError("re-ranking matches images with a text: search with --text")
+        if itm_weight is not None and rerank != "sum":
+            raise InputError("--itm-weight is part of --rerank sum, and of nothing else")
+        if itm_weight is not None and itm_weight <= 0:
+            raise InputError(
+                f"--itm-weight must be above 0, not {itm_weight}; without --rerank ITC alone decides"
+            )
         query = self.encoder.encode_texts([text]) if text is not None else self._encode_picture(str(image))
         wanted = max(top, candidates) if rerank else top
         scores, rows = self.index.search(query, wanted, exact=exact)
         pairs = [
             (row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0
         ]
-        hits = [
-            Hit(place, self.index.store.name(row), score, score)
-            for place, (row, score) in enumerate(pairs, 1)
-        ]
-        return (self._rerank(str(text), hits, rerank, candidates) if rerank else hits)[:top]
+        hits = [Hit(place, self.index.store.name(row), score) for place, (row, score) in enumerate(pairs, 1)]
+        if rerank:
+            weight = self.encoder.itm_weight if itm_weight is None else itm_weight
+            hits = self._rerank(str(text), hits, rerank, candidates, weight)
+        return hits[:top]
 
     def _encode_picture(self, path: str) -> torch.Tensor:
         try:
@@ -113,11 +121,11 @@ class Searcher:
             raise InputError(f"--image '{error.path}': {error.reason}") from error
         return self.encoder.encode_images(self.encoder.processor(picture)[None])
 
-    def _rerank(self, text: str, hits: Sequence[Hit], form: str, candidates: int) -> list[Hit]:
+    def _rerank(self, text: str, hits: Sequence[Hit], form: str, candidates: int, weight: float) -> list[Hit]:
         """The first `candidates` in the order of their new score; then those that can't be read, then all others."""
         pictures = Pictures([hit.name for hit in hits[:candidates]], self.encoder.processor)
-        cosine = {hit.name: hit.itc for hit in hits}
-        read: list[Hit] = []
+        by_name = {hit.name: hit for hit in hits}
+        read: list[tuple[float, Hit]] = []
         for start in range(0, len(pictures), BATCH_SIZE):
             batch = batched([pictures[at] for at in range(start, min(start + BATCH_SIZE, len(pictures)))])
             for name, reason in batch.unreadable.items():
@@ -125,17 +133,18 @@ class Searcher:
             if batch.images is None:
                 continue
             logits = self.encoder.match(batch.images, text)
-            itc = torch.tensor([cosine[name] for name in batch.names])
-            scores = pair_scores(form, logits, itc, self.encoder.temperature).tolist()
+            same = [by_name[name] for name in batch.names]
+            cosines = torch.tensor([hit.score for hit in same])
+            scores = pair_scores(form, logits, cosines, self.encoder.temperature, itm_weight=weight).tolist()
             itm = logits.softmax(-1)[:, 1].tolist()
             read += [
-                Hit(0, name, score, cosine[name], match)
-                for name, score, match in zip(batch.names, scores, itm, strict=True)
+                (score, replace(hit, reranked=score, itm=match))
+                for hit, score, match in zip(same, scores, itm, strict=True)
             ]
-        read.sort(key=lambda hit: -hit.score)
-        matched = {hit.name for hit in read}
-        order = [*read, *(hit for hit in hits if hit.name not in matched)]
-        return [Hit(rank, hit.name, hit.score, hit.itc, hit.itm) for rank, hit in enumerate(order, 1)]
+        read.sort(key=lambda pair: -pair[0])
+        matched = {hit.name for _, hit in read}
+        order = [*(hit for _, hit in read), *(hit for hit in hits if hit.name not in matched)]
+        return [replace(hit, rank=rank) for rank, hit in enumerate(order, 1)]
 
 
 def choice_of(path: str | os.PathLike[str]) -> ModelChoice:
