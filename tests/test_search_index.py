@@ -18,12 +18,14 @@ from data_helpers import warnings_logged
 from PIL import Image
 from search_world import QUERIES, WIDTH, colour_encoder, save_pictures
 
+from lavis_lite.cli import main
 from lavis_lite.common.errors import ConfigError, DataError, InputError
 from lavis_lite.search import (
     BuildOptions,
     Searcher,
     add_images,
     build_index,
+    candidates,
     check_index,
     compact_index,
     delete_images,
@@ -332,6 +334,7 @@ def test_an_approximate_index_grows_with_its_images(tmp_path: Path) -> None:
     options, encoder = BuildOptions(kind="IVF4,Flat"), colour_encoder()
     first = build_index(tmp_path / "pictures", tmp_path / "idx", encoder, options)
     assert first.recall is not None and first.recall >= 0.99
+    assert first.picture_recall is not None and first.picture_recall >= 0.9
     save_pictures(tmp_path / "more", 20, seed=3)
     add_images(tmp_path / "more", tmp_path / "idx", encoder)
     index = open_index(tmp_path / "idx")
@@ -368,6 +371,27 @@ def test_a_file_can_not_be_an_index(tmp_path: Path) -> None:
     for place in ("file", "file/idx"):
         with pytest.raises(DataError, match="can't be an index's folder: there is a file of that name"):
             build_index(tmp_path / "pictures", tmp_path / place, colour_encoder())
+
+
+def test_both_recalls_are_said_and_a_low_one_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("faiss")
+    save_pictures(tmp_path / "pictures", 20)
+    index = tmp_path / "idx"
+    monkeypatch.setattr(candidates, "measure_recall", lambda *_: 0.75)
+    with warnings_logged() as messages:
+        done = build_index(tmp_path / "pictures", index, colour_encoder(), BuildOptions(kind="IVF4,Flat"))
+    assert (done.recall, done.picture_recall) == (1.0, 0.75)
+    assert len(messages) == 1 and "finds 0.7500 of a picture's exact first 100, not 0.99" in messages[0]
+    for command, said in (("check", "IVF4,Flat, recall "), ("compact", "recall of the exact first 100: ")):
+        main(["index", command, str(index)])
+        assert f"{said}1.0000 for texts, 0.7500 for pictures" in capsys.readouterr().out
+    entry = load_manifest(index).candidates
+    assert entry is not None
+    replace(load_manifest(index), candidates=replace(entry, picture_recall=None)).save(index)
+    main(["index", "check", str(index)])
+    assert "recall 1.0000 for texts; " in capsys.readouterr().out
 
 
 def make_shard(path: Path, count: int, *, seed: int) -> None:

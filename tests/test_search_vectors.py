@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
+from lavis_lite.search import scoring
 from lavis_lite.search import store as store_module
 from lavis_lite.search.candidates import (
     CandidateIndex,
     Setting,
     check_kind,
     choose_factory,
+    draw_pictures,
     draw_queries,
+    measure_recall,
     tune,
 )
 from lavis_lite.search.scoring import score, search_exactly
@@ -38,6 +41,23 @@ def test_the_score_is_the_mean_of_the_largest_products(vectors: int) -> None:
     images, queries = draw_vectors(7, 5, 6), draw_vectors(3, vectors, 6, seed=1)
     expected = torch.tensor([slow_scores(query, images) for query in queries])
     assert torch.allclose(score(queries, images), expected, atol=1e-6)
+
+
+def test_many_queries_are_scored_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, queries = draw_vectors(30, 3, 4), draw_vectors(7, 3, 4, seed=1)
+    store = make_store(tmp_path, images)
+    whole = search_exactly(queries, store.blocks(), store.alive, 5)
+    sizes = []
+
+    def noted(some: Tensor, others: Tensor) -> Tensor:
+        sizes.append(len(some))
+        return score(some, others)
+
+    monkeypatch.setattr(scoring, "score", noted)
+    monkeypatch.setattr(scoring, "COSINES", 2 * 30 * 3 * 3 + 1)
+    pieces = search_exactly(queries, store.blocks(), store.alive, 5)
+    assert sizes == [2, 2, 2, 1]
+    assert torch.equal(pieces[1], whole[1]) and torch.allclose(pieces[0], whole[0], atol=1e-6)
 
 
 def test_a_picture_fits_itself_best() -> None:
@@ -113,6 +133,23 @@ def test_an_approximate_index_is_tuned_to_its_target(kind: str, tmp_path: Path) 
     scores, rows = index.search(store, asked[:3], 10)
     exact, _ = search_exactly(asked[:3], store.blocks(), store.alive, 10)
     assert rows.shape == (3, 10) and torch.allclose(scores[:, 0], exact[:, 0], atol=1e-6)  # exact scores
+
+
+def test_the_recall_of_pictures_is_measured_with_all_their_vectors(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    images = draw_vectors(1000, 3, 16)
+    store = make_store(tmp_path, images)
+    store.alive[:700] = False
+    asked = draw_pictures(store, 8)
+    assert len(draw_pictures(store, 1000)) == 300
+    for picture in asked:
+        assert any(torch.equal(picture, image) for image in images[700:])
+    index = CandidateIndex.train(store, "IVF32,Flat")
+    for setting, low, high in ((Setting(1, 1), 0.2, 0.95), (Setting(32, 64), 1, 1)):
+        index.setting = setting
+        measured = measure_recall(index, store, asked)
+        assert measured == pytest.approx(recall(index, store, images, asked), abs=1e-6)
+        assert low <= measured <= high
 
 
 def recall(index: CandidateIndex, store: Any, images: Tensor, asked: Tensor) -> float:

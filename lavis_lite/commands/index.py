@@ -79,7 +79,9 @@ def _check(args: argparse.Namespace) -> None:
 
     manifest = check_index(args.index)
     found = manifest.candidates
-    how = f"{found.factory}, recall {found.recall:.4f}" if found else "exact search"
+    how = (
+        f"{found.factory}, recall {_recalls(found.recall, found.picture_recall)}" if found else "exact search"
+    )
     size = sum(file.bytes for file in manifest.files()) / 2**20
     print(
         f"'{args.index}' is sound: {manifest.images - manifest.num_deleted} images, {manifest.num_deleted} deleted, "
@@ -235,9 +237,11 @@ def _texts(file: str | None) -> tuple[str, ...]:
 def _tell(summary: Summary, place: str, done: str) -> None:
     speed = f", {summary.images_per_second:.1f} images/s" if summary.images_per_second else ""
     bad = f", {summary.unreadable} unreadable ones left out" if summary.unreadable else ""
-    found = (
-        f"recall of the exact first 100: {summary.recall:.4f}"
-        if summary.recall is not None
-        else "search is exact"
-    )
+    found = "search is exact"
+    if summary.recall is not None:
+        found = f"recall of the exact first 100: {_recalls(summary.recall, summary.picture_recall)}"
     print(f"{summary.changed} images {done}{bad}{speed}; {summary.images} in '{place}'; {found}")
+
+
+def _recalls(texts: float, pictures: float | None) -> str:
+    return f"{texts:.4f} for texts" + (f", {pictures:.4f} for pictures" if pictures is not None else "")

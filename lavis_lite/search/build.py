@@ -61,7 +61,8 @@ class BuildOptions:
 class Summary:
     """What a change did: images in the index now, added or deleted ones, unreadable ones, speed, and the recall.
 
-    recall: measured against exact search; None where search is exact.
+    recall: of searching with texts, measured against exact search; picture_recall: with pictures. None where search
+    is exact.
     """
 
     images: int
@@ -69,6 +70,14 @@ class Summary:
     unreadable: int = 0
     images_per_second: float = 0.0
     recall: float | None = None
+    picture_recall: float | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest, changed: int, *, unreadable: int = 0, speed: float = 0.0) -> Summary:
+        """Of the index that a change has left."""
+        found = manifest.candidates
+        recalls = (found.recall, found.picture_recall) if found else (None, None)
+        return cls(manifest.images - manifest.num_deleted, changed, unreadable, speed, *recalls)
 
 
 def build_index(
@@ -124,7 +133,7 @@ def add_images(
         names = [name for name in list_pictures(images) if name not in held]
         if not names:
             _clean(root, manifest)
-            return Summary(manifest.images - manifest.num_deleted, 0, recall=_recall_of(manifest))
+            return Summary.of(manifest, 0)
         vectors = (manifest.images + len(names)) * manifest.queries
         candidates.check_kind(manifest.kind, vectors, manifest.width)
         return _extend(
@@ -152,7 +161,7 @@ def delete_images(out: str | os.PathLike[str], patterns: Sequence[str]) -> Summa
         manifest = replace(manifest, deleted=FileSum.of(root, path), num_deleted=deleted)
         manifest.save(root)
         _clean(root, manifest)
-        return Summary(manifest.images - deleted, len(rows), recall=_recall_of(manifest))
+        return Summary.of(manifest, len(rows))
 
 
 def compact_index(out: str | os.PathLike[str]) -> Summary:
@@ -174,7 +183,7 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
         )
         manifest.save(root)
         _clean(root, manifest)
-        return Summary(len(names), before - len(names), recall=_recall_of(manifest))
+        return Summary.of(manifest, before - len(names))
 
 
 def _make_folder(root: Path) -> None:
@@ -240,13 +249,7 @@ def _extend(
     manifest.save(root)
     journal.remove()
     _clean(root, manifest)
-    return Summary(
-        images=manifest.images - manifest.num_deleted,
-        changed=part.images,
-        unreadable=len(journal.unreadable),
-        images_per_second=speed,
-        recall=_recall_of(manifest),
-    )
+    return Summary.of(manifest, part.images, unreadable=len(journal.unreadable), speed=speed)
 
 
 def _without_new_pictures(root: Path, manifest: Manifest, journal: Journal, speed: float) -> Summary:
@@ -257,8 +260,7 @@ def _without_new_pictures(root: Path, manifest: Manifest, journal: Journal, spee
             f"none of the {len(journal.unreadable)} pictures can be read; the first: {_first_problem(journal)}"
         )
     _clean(root, manifest)
-    images = manifest.images - manifest.num_deleted
-    return Summary(images, 0, len(journal.unreadable), speed, _recall_of(manifest))
+    return Summary.of(manifest, 0, unreadable=len(journal.unreadable), speed=speed)
 
 
 def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, texts: Tensor | None) -> Manifest:
@@ -279,12 +281,15 @@ def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, text
         index = CandidateIndex.train(store, factory)
     queries = texts if texts is not None else candidates.draw_queries(store)
     recall = candidates.tune(index, store, queries, target=options.target)
-    if recall < options.target:
-        logger.warning(
-            "the index finds %.4f of the exact first 100, not %s; --kind flat is exact",
-            recall,
-            options.target,
-        )
+    picture_recall = candidates.measure_recall(index, store, candidates.draw_pictures(store))
+    for found, kind in ((recall, "a text's"), (picture_recall, "a picture's")):
+        if found < options.target:
+            logger.warning(
+                "the index finds %.4f of %s exact first 100, not %s; `index search --exact` and --kind flat are exact",
+                found,
+                kind,
+                options.target,
+            )
     path = f"candidates-{fresh_name()}.faiss"
     with atomic_file(root / path) as temporary:
         index.save(temporary)
@@ -296,6 +301,7 @@ def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, text
         nprobe=index.setting.nprobe,
         oversample=index.setting.oversample,
         recall=recall,
+        picture_recall=picture_recall,
     )
     return replace(manifest, candidates=entry)
 
@@ -332,10 +338,6 @@ def _shape_of(encoder: Encoder) -> tuple[int, int]:
     """(Q, E) of the model's image vectors."""
     queries: Any = encoder.model.query_tokens
     return int(queries.shape[1]), int(encoder.model.vision_proj.out_features)
-
-
-def _recall_of(manifest: Manifest) -> float | None:
-    return manifest.candidates.recall if manifest.candidates else None
 
 
 def _absolute(images: str | os.PathLike[str]) -> str:

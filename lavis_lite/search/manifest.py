@@ -67,7 +67,8 @@ class Candidates:
 
     factory: faiss's description of it. vectors: how many it holds; trained_on: how many there were when it was
     trained. nprobe: cells looked into. oversample: vectors fetched for each image wanted. recall: of the exact
-    first 100 images, as measured when it was tuned.
+    first 100 images of texts, as measured when it was tuned; picture_recall: of pictures, None in an index from before
+    these were measured.
     """
 
     factory: str
@@ -77,6 +78,7 @@ class Candidates:
     nprobe: int
     oversample: int
     recall: float
+    picture_recall: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+# Cosines held at a time, 256 MiB.
+COSINES = 1 << 26
+
 
 def score(queries: Tensor, images: Tensor) -> Tensor:
     """float32[M, N] of queries float32[M, V, E] and images float32[N, Q, E], all vectors normalised."""
@@ -43,7 +46,8 @@ def search_exactly(
         kept = alive[here]
         if not kept.all():
             images, here = images[kept], here[kept]
-        scores = score(queries, images)
+        few = max(1, COSINES // max(1, images.shape[0] * images.shape[1] * queries.shape[1]))
+        scores = torch.cat([score(some, images) for some in queries.split(few)])
         scores, place = scores.topk(min(top, scores.shape[1]), dim=1)
         best = torch.cat([best, scores], 1)
         rows = torch.cat([rows, here[place]], 1)
