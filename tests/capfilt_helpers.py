@@ -28,7 +28,7 @@ from unittest import mock
 from PIL import Image
 from torch import Tensor
 
-from lavis_lite.capfilt import run
+from lavis_lite.capfilt import run, worker
 from lavis_lite.commands.capfilt import capfilt_main
 
 WORDS = ("red", "blue", "dog", "cat", "house", "tree", "sky", "boat")
@@ -67,7 +67,7 @@ def score_of(text: str) -> float:
 
 @contextmanager
 def fake_models(seconds: float = 0.0) -> Iterator[list[FakeCaptioner]]:
-    """`run_capfilt` with these instead of models; the captioners that were built."""
+    """`run_capfilt` with these instead of models, and without rest for failed shards; the captioners built."""
     built: list[FakeCaptioner] = []
 
     def captioner(settings: Any, *_: Any) -> FakeCaptioner:
@@ -77,6 +77,7 @@ def fake_models(seconds: float = 0.0) -> Iterator[list[FakeCaptioner]]:
     with (
         mock.patch.object(run, "build_captioner", captioner),
         mock.patch.object(run, "build_ranker", lambda *_: FakeRanker()),
+        mock.patch.object(worker, "RETRY_SECONDS", 0.0),
     ):
         yield built
 

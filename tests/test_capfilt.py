@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from capfilt_helpers import (
 from data_helpers import make_jsonl, save_picture
 from PIL import Image
 
+from lavis_lite.capfilt import worker
 from lavis_lite.capfilt.claims import Claims
 from lavis_lite.capfilt.inputs import ImageFolder, Item, TarShards
 from lavis_lite.capfilt.selection import candidates, ranked
@@ -287,12 +289,43 @@ def test_a_shard_that_cant_be_read_now_leaves_the_others_done(
     arguments = ["--shards", pattern, *MODELS, "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         capfilt(*arguments)
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and "1 of 2 shards could not be read, the others are done" in said
+    said = capsys.readouterr()
+    reason = f"pipe:cat {late}: can't be read: its command ended with exit code 1"
+    assert ended.value.code == 1 and f"1 of 2 shards could not be read, for example {reason}; " in said.err
+    assert "3 pictures with 6 captions in 1 shards" in said.out and f"{late} (1 of 2 shards)" in said.out
     assert (tmp_path / "out/000001.json").is_file() and not (tmp_path / "out/000000.json").exists()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["unreadable"] == {f"pipe:cat {late}": "can't be read: its command ended with exit code 1"}
+    assert "Shards that could not be read" in (tmp_path / "out/report.html").read_text()
+    # Whoever can do without it says so, and nothing is tried again.
+    assert capfilt(*arguments, "--skip-unreadable-shards") == []
     late.write_bytes((tmp_path / "web/00000.tar").read_bytes())
     assert capfilt(*arguments) == [2]
     assert len(read_shard(tmp_path / "out/000000.tar")) == 2
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["shards"], summary["unreadable"]) == (2, {})
+    assert not list((tmp_path / "out").glob("*.failed"))
+
+
+def test_all_shards_unreadable_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shards", "pipe:false", *MODELS, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        capfilt(*arguments)
+    assert ended.value.code == 1 and "1 of 1 shards could not be read" in capsys.readouterr().err
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_shard_that_fails_rests_before_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, begun = tmp_path / "log", time.monotonic()
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.02)
+    arguments = ["--shards", f"pipe:date +%s.%N >>{log}; false", *MODELS, "--out", str(tmp_path / "out")]
+    with fake_models(), monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(worker, "RETRY_SECONDS", 0.3)
+        main(["capfilt", *arguments])
+    times = [float(line) for line in log.read_text().split()]
+    assert len(times) == 3 and times[2] - times[0] > 0.55 and time.monotonic() - begun > 0.55
 
 
 @pytest.mark.parametrize(

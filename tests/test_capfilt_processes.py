@@ -58,6 +58,24 @@ def test_killed_workers_leave_what_an_undisturbed_run_leaves(tmp_path: Path, see
     assert not list((tmp_path / "killed").glob(".tmp-*")) and not list((tmp_path / "killed/claims").iterdir())
 
 
+def test_processes_share_what_a_shard_that_cant_be_read_cost_them(tmp_path: Path) -> None:
+    """It breaks off after some pictures: each attempt captions them in vain."""
+    web_shards(tmp_path / "web", 3, 9)
+    log, broken = tmp_path / "log", tmp_path / "web/00000.tar"
+    stream = f"pipe:echo tried >>{log}; head -c {broken.read_bytes().index(b'0000003.jpg') + 600} {broken}"
+    pattern = f"{stream}::{tmp_path}/web/00001.tar::{tmp_path}/web/00002.tar"
+    arguments = ["--shards", pattern, *MODELS, "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = helper("kills", "0", "0", *arguments)
+    assert json.loads(done.stdout)["codes"] == [1, 1, 1], done.stderr
+    assert "Traceback" not in done.stderr and "1 of 3 shards could not be read" in done.stderr
+    assert log.read_text().split() == ["tried"] * 3
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["shards"] == 2 and "the stream broke off" in summary["unreadable"][stream]
+    assert sorted(contents(tmp_path / "out")) == [
+        *("000000.failed", "000001.json", "000001.tar", "000002.json", "000002.tar")
+    ]
+
+
 def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path) -> None:
     web_shards(tmp_path / "web", 2, 3)
     web_shards(tmp_path / "more", 1, 200)

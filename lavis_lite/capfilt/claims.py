@@ -111,7 +111,7 @@ class Claims:
     def _gone(self, path: Path) -> bool:
         """Whether the owner of a claim is; a claim that was just released counts too."""
         try:
-            age = self._now() - path.stat().st_mtime
+            age = self.now() - path.stat().st_mtime
             owner = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return True
@@ -122,7 +122,7 @@ class Claims:
         here = all(owner.get(key) == value for key, value in _machine().items())
         return here and _started(int(owner["pid"])) != owner["started"]
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The time by the clock that stamps the files, which on a network file system is not this machine's."""
         with tempfile.TemporaryFile(dir=self.folder) as probe:
             return os.fstat(probe.fileno()).st_mtime

@@ -14,6 +14,7 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import RecordTable, Source, open_records
 from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.shard_stream import _reason as reason_of
 from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
 from lavis_lite.datasets.tar_members import Sample, read_member, samples_of
 
@@ -224,12 +225,11 @@ class _Stream:
                 while stream.read(1 << 16):  # a command whose end nobody reads would fail for that
                     pass
         except (tarfile.TarError, EOFError, ValueError) as error:
-            reason = str(error.args[0]) if error.args else type(error).__name__
             if not local:
-                raise DataError(f"{self.url}: the stream broke off: {reason}") from error
-            self.damage = reason
+                raise DataError(f"{self.url}: the stream broke off: {reason_of(error)}") from error
+            self.damage = reason_of(error)
         except OSError as error:
-            raise DataError(f"{self.url}: can't be read: {error.strerror or error}") from error
+            raise DataError(f"{self.url}: can't be read: {error.strerror or reason_of(error)}") from error
 
     def _stream(self, local: bool) -> Any:
         if local:

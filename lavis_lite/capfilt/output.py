@@ -4,6 +4,7 @@
       000000.tar               key.jpg and key.json: {"captions", "scores", "source", ...}, best first
       000000.jsonl             for pictures of a folder: the same as annotations of that folder
       000000.json              the manifest: counts, sizes and sha256; written last, so what it names is whole
+      000000.failed            in its place, of a piece that can't be read: why, and how often that was tried
       annotations.jsonl        all of the .jsonl files, once everything is done
       summary.json report.html
       claims/ workers/         who does what now; how fast each was
@@ -14,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,22 @@ from lavis_lite.common.io import TEMPORARY, atomic_file, atomic_write
 # Equal work must give equal bytes, whenever it is done.
 MTIME = 0
 JPEG_MAGIC = b"\xff\xd8\xff"
+# So often, by whomever, a piece that can't be read is tried before it is given up.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A piece that couldn't be read: its name in the input, why, and how often that was tried."""
+
+    source: str
+    reason: str
+    attempts: int
+
+    @property
+    def final(self) -> bool:
+        """Whether it is given up."""
+        return self.attempts >= ATTEMPTS
 
 
 class Output:
@@ -59,6 +76,44 @@ class Output:
             return None
         return manifest if whole else None
 
+    def failure_path(self, name: str) -> Path:
+        """Where it is told why a piece can't be read."""
+        return self.folder / f"{name}.failed"
+
+    def failure(self, name: str) -> Failure | None:
+        """Why a piece couldn't be read, so far; None when nobody has failed at it."""
+        try:
+            return Failure(**json.loads(self.failure_path(name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def failures(self, names: Iterable[str]) -> dict[str, Failure]:
+        """Those of the pieces that are given up, with why; a piece that is finished is none of them."""
+        found = {name: self.failure(name) for name in names}
+        return {
+            name: failure
+            for name, failure in found.items()
+            if failure is not None and failure.final and self.manifest(name) is None
+        }
+
+    def note_failure(self, name: str, source: str, reason: str) -> Failure:
+        """Tell all processes that a piece couldn't be read; for the one that holds its claim."""
+        before = self.failure(name)
+        failure = Failure(source, reason, 1 + (before.attempts if before else 0))
+        atomic_write(self.failure_path(name), json.dumps(asdict(failure), indent=1) + "\n")
+        return failure
+
+    def forget_failure(self, name: str) -> None:
+        """A piece may be tried again, or was read after all."""
+        self.failure_path(name).unlink(missing_ok=True)
+
+    def is_over(self, name: str) -> bool:
+        """Whether nothing is left to do for a piece: it is finished, or given up."""
+        if self.manifest(name) is not None:
+            return True
+        failure = self.failure(name)
+        return failure is not None and failure.final
+
     def remove_leftovers(self, name: str) -> None:
         """Remove what a process that was killed over a piece left."""
         for path in self.folder.glob(f"{TEMPORARY}{name}.*"):
@@ -85,6 +140,7 @@ class Output:
             "tally": asdict(writer.tally),
         }
         atomic_write(self.manifest_path(name), json.dumps(manifest, indent=1) + "\n")
+        self.forget_failure(name)
 
 
 class PieceWriter:

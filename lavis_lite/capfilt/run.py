@@ -21,7 +21,7 @@ from lavis_lite.capfilt.summary import finish
 from lavis_lite.capfilt.weights import weights_of
 from lavis_lite.capfilt.worker import Job, Stopped, Worker
 from lavis_lite.common.device import choose_device, choose_precision
-from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.signals import StopSignals
@@ -37,6 +37,7 @@ class Place:
     """Where pictures come from, where captions go, and on what: the command's other arguments.
 
     images and annotations, or shards; see `ImageFolder` and `TarShards`. no_tars: annotations.jsonl alone.
+    skip_unreadable_shards: shards that can't be read are no failure, and those given up are not tried again.
     """
 
     out: str
@@ -52,6 +53,7 @@ class Place:
     precision: str = "auto"
     max_bad_fraction: float = 0.5
     stale_after: float = 600.0
+    skip_unreadable_shards: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for arguments that don't go together."""
@@ -83,18 +85,20 @@ class Place:
 def run_capfilt(settings: Settings, place: Place) -> None:
     """Do what is left of a job together with whoever else does, and print what came of it.
 
-    Raises ConfigError: another job's folder; DataError: input that can't be read, output that can't be written; and
-    what building the models raises.
+    Raises ConfigError: another job's folder; DataError: input that can't be read (some shards: after all else is done
+    and told), output that can't be written; and what building the models raises.
     """
     place.check()
     inputs, output = place.inputs(), place.output()
     try:
         claims = Claims(output.folder / "claims", stale_after=place.stale_after)
         _agree(settings, inputs, output, claims)
+        job = Job(settings, inputs, output, place.batch_size, place.max_bad_fraction)
+        if not place.skip_unreadable_shards:
+            _try_again(job)
     except OSError as error:
         raise refused(error, output.folder, 0) from error
-    job = Job(settings, inputs, output, place.batch_size, place.max_bad_fraction)
-    if any(output.manifest(name) is None for name in job.names):
+    if not all(map(output.is_over, job.names)):
         _work(job, place, claims)
     try:
         summary = finish(output, job.names, claims)
@@ -102,6 +106,20 @@ def run_capfilt(settings: Settings, place: Place) -> None:
         raise refused(error, output.folder, len(job.names)) from error
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process tells it
         print("\n".join([*summary.lines(), f"report: {output.folder / 'report.html'}"]))
+        if summary.unreadable and not place.skip_unreadable_shards:
+            source, reason = next(iter(summary.unreadable.items()))
+            raise DataError(
+                f"{len(summary.unreadable)} of {len(job.names)} shards could not be read, for example {source}: "
+                f"{reason}; "
+                "give the same command again to try those again, or with --skip-unreadable-shards to do without them"
+            )
+
+
+def _try_again(job: Job) -> None:
+    """Where all else is done, what was given up is all there is to do: this is a later call, and it may be repaired."""
+    if all(map(job.output.is_over, job.names)):
+        for name in job.output.failures(job.names):
+            job.output.forget_failure(name)
 
 
 def _work(job: Job, place: Place, claims: Claims) -> None:

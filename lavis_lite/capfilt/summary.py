@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,17 @@ REASONS = 10
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole job. speed: pictures, seconds, captioning and ranking of all processes together, added up."""
+    """The whole job.
+
+    shards: that were written. damaged: {input: why it was used in part only}. speed: pictures, seconds, captioning and
+    ranking of all processes together, added up. unreadable: {input: why nothing of it could be used}.
+    """
 
     shards: int
     damaged: dict[str, str]
     tally: Tally
     speed: dict[str, float]
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def web_share(self) -> float:
@@ -61,6 +66,11 @@ class Summary:
         if self.damaged:
             said.append(
                 f"damaged, used up to the damage: {', '.join(list(self.damaged)[:3])} ({len(self.damaged)} shards)"
+            )
+        if self.unreadable:
+            said.append(
+                f"could not be read and is missing: {', '.join(list(self.unreadable)[:3])} "
+                f"({len(self.unreadable)} of {self.shards + len(self.unreadable)} shards)"
             )
         said.append(
             f"web captions kept: {tally.web_kept} of {tally.web} ({self.web_share:.1%}); "
@@ -84,13 +94,15 @@ def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
     while (claim := claims.take(NAME)) is None:
         time.sleep(0.2)
     try:
-        manifests = _manifests(output, names)
+        failures = output.failures(names)
+        manifests = _manifests(output, [name for name in names if name not in failures])
         made = _made_before(path, output, names)
         if made is not None:
             return made
-        summary = _summary(manifests, output.folder)
+        unreadable = {failure.source: failure.reason for failure in failures.values()}
+        summary = _summary(manifests, unreadable, output.folder)
         if output.annotations:
-            _join(output, names)
+            _join(output, list(manifests))
         atomic_write(output.folder / "report.html", _page(summary, manifests, output))
         atomic_write(path, json.dumps(asdict(summary), indent=1) + "\n")
         remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
@@ -103,13 +115,19 @@ def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
 def _made_before(path: Path, output: Output, names: Sequence[str]) -> Summary | None:
     """The summary that another process made of the same shards a moment ago, or this one's forerunner did."""
     try:
-        newest = max(output.manifest_path(name).stat().st_mtime for name in names)
+        newest = max(_told_at(output, name) for name in names)
         if path.stat().st_mtime < newest:
             return None
         about = json.loads(path.read_text(encoding="utf-8"))
         return Summary(**{**about, "tally": Tally(**about["tally"])})
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _told_at(output: Output, name: str) -> float:
+    """When a shard was finished or given up."""
+    paths = (output.manifest_path(name), output.failure_path(name))
+    return max(path.stat().st_mtime for path in paths if path.exists())
 
 
 def _manifests(output: Output, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -122,14 +140,15 @@ def _manifests(output: Output, names: Sequence[str]) -> dict[str, dict[str, Any]
     return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
-def _summary(manifests: Mapping[str, Mapping[str, Any]], folder: Path) -> Summary:
+def _summary(manifests: Mapping[str, Mapping[str, Any]], unreadable: dict[str, str], folder: Path) -> Summary:
     tally = added(Tally(**manifest["tally"]) for manifest in manifests.values())
     damaged = {m["input"]: m["damage"] for m in manifests.values() if m["damage"]}
     speed = {"pictures": 0.0, "seconds": 0.0, "captioning": 0.0, "ranking": 0.0}
     for row in _worker_rows(folder / "workers"):
         for name in speed:
             speed[name] += row[name]
-    return Summary(len(manifests), damaged, tally, {name: round(value, 3) for name, value in speed.items()})
+    speed = {name: round(value, 3) for name, value in speed.items()}
+    return Summary(len(manifests), damaged, tally, speed, unreadable)
 
 
 def _worker_rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -174,6 +193,9 @@ def _page(summary: Summary, manifests: Mapping[str, Mapping[str, Any]], output: 
     if tally.reasons:
         rows = [[reason, str(count)] for reason, count in list(tally.reasons.items())[:REASONS]]
         body.append(section("Left out", table(["reason", "pictures"], rows)))
+    if summary.unreadable:
+        rows = [[source, reason] for source, reason in list(summary.unreadable.items())[:REASONS]]
+        body.append(section("Shards that could not be read", table(["shard", "reason"], rows)))
     samples = _samples(manifests, output)
     if samples:
         note = "All candidates with their scores, best first; those kept are ticked."

@@ -18,7 +18,7 @@ from torch import Tensor
 from lavis_lite.capfilt.captioners import Captioner
 from lavis_lite.capfilt.claims import Claim, Claims
 from lavis_lite.capfilt.inputs import Inputs, Item
-from lavis_lite.capfilt.output import Output, PieceWriter, refused
+from lavis_lite.capfilt.output import ATTEMPTS, Output, PieceWriter, refused
 from lavis_lite.capfilt.rankers import Ranker
 from lavis_lite.capfilt.selection import candidates, ranked
 from lavis_lite.capfilt.settings import Settings
@@ -34,6 +34,8 @@ logger = get_logger(__name__)
 
 DECODERS = 4  # threads, a batch ahead of the models
 POLL_SECONDS = 1.0
+# A piece that couldn't be read rests so long before anybody tries again: what was away may be back.
+RETRY_SECONDS = 10.0
 LINE_SECONDS = 10.0
 
 
@@ -95,43 +97,43 @@ class Worker:
             Tally(**manifest["tally"]) for manifest in map(job.output.manifest, job.names) if manifest
         )
         self.seen, self.bad = done.pictures + done.unreadable, done.unreadable
-        self.failed: dict[str, str] = {}
         self._progress = _Progress(job)
         self._log = job.output.folder / "workers" / f"{claims.owner}.jsonl"
 
     def run(self) -> None:
-        """Work until every piece is done, by whomever; waits for others, to take over from those that die.
+        """Work until every piece is done or given up, by whomever; waits for others, to take over from those that die.
 
-        Raises Stopped on a signal, DataError when the output can't be written, too much is unreadable, or (after all
-        else is done) some pieces couldn't be read at all.
+        Raises Stopped on a signal, DataError when the output can't be written or too much is unreadable.
         """
-        left = dict(enumerate(self.job.names))
+        left, is_over = dict(enumerate(self.job.names)), self.job.output.is_over
         waiting = False
-        while left := {number: name for number, name in left.items() if not self._is_over(name)}:
+        while left := {number: name for number, name in left.items() if not is_over(name)}:
             if not sum(self._try(number, name) for number, name in left.items()):
-                if not waiting and any(not self._is_over(name) for name in left.values()):
-                    logger.info("waiting for %d shards that other processes have", len(left))
+                if not waiting and any(not is_over(name) for name in left.values()):
+                    logger.info(
+                        "waiting for %d shards that other processes have, or to try them again", len(left)
+                    )
                     waiting = True
                 self._check_signals()
                 time.sleep(POLL_SECONDS)
-        if self.failed:
-            name, reason = next(iter(self.failed.items()))
-            raise DataError(
-                f"{len(self.failed)} of {len(self.job.inputs)} shards could not be read, the others are done; "
-                f"{name}: {reason}; give the same command again to try those again"
-            )
 
-    def _is_over(self, name: str) -> bool:
-        return name in self.failed or self.job.output.manifest(name) is not None
+    def _rests(self, name: str) -> bool:
+        """Whether somebody failed at a piece a moment ago."""
+        try:
+            failed = self.job.output.failure_path(name).stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return self.claims.now() - failed < RETRY_SECONDS
 
     def _try(self, number: int, name: str) -> bool:
-        """Do a piece unless somebody has it; whether it was done here."""
+        """Do a piece unless it is over, somebody has it, or it has just failed; whether it was tried here."""
         self._check_signals()
-        claim = None if self._is_over(name) else self.claims.take(name)
+        is_over = self.job.output.is_over
+        claim = None if is_over(name) or self._rests(name) else self.claims.take(name)
         if claim is None:
             return False
         try:
-            if self._is_over(name):  # by the one who had it until a moment ago
+            if is_over(name) or self._rests(name):  # by the one who had it until a moment ago
                 return False
             if claim.number > 1:
                 logger.info("shard %s: taken over from a process that is gone", name)
@@ -153,8 +155,7 @@ class Worker:
                 if not claim.holds():
                     raise Lost
         except DataReadError as error:
-            self.failed[name] = str(error)
-            logger.warning("shard %s: %s", name, error)
+            self._note_failure(name, number, claim, str(error))
             return
         except OSError as error:
             if not claim.holds():  # whoever took it over removed what was half written
@@ -164,6 +165,17 @@ class Worker:
         self.seen += writer.tally.pictures + writer.tally.unreadable
         self.bad += writer.tally.unreadable
         self._note(name, writer, clock)
+
+    def _note_failure(self, name: str, number: int, claim: Claim, reason: str) -> None:
+        if not claim.holds():
+            raise Lost
+        try:
+            source = self.job.inputs.name(number)
+            failure = self.job.output.note_failure(name, source, reason.removeprefix(f"{source}: "))
+        except OSError as error:
+            raise refused(error, self.job.output.folder, self._progress.done()) from error
+        then = "given up" if failure.final else "it is tried again"
+        logger.warning("shard %s: %s; attempt %d of %d: %s", name, reason, failure.attempts, ATTEMPTS, then)
 
     def _fill(self, writer: PieceWriter, number: int, claim: Claim, clock: Clock) -> None:
         """Read a piece from its beginning and write its pictures with their captions."""

@@ -77,6 +77,11 @@ def capfilt_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite c
         metavar="S",
         help="a silent process elsewhere counts as dead",
     )
+    work.add_argument(
+        "--skip-unreadable-shards",
+        action="store_true",
+        help="do without shards that can't be read, instead of ending with exit code 1",
+    )
     work.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = vars(parser.parse_args(argv))
     with one_line_errors(debug=arguments.pop("debug")):
