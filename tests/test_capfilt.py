@@ -198,6 +198,28 @@ def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> Non
     assert found[6].problem == "no such file"
 
 
+def test_pictures_of_a_folder_need_no_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b/c.png"):
+        save_picture(tmp_path / "pics" / name, len(name))
+    arguments = ["--images", str(tmp_path / "pics"), *MODELS]
+    capfilt(*arguments, "--out", str(tmp_path / "bare"))
+    rows = [json.loads(line) for line in (tmp_path / "bare/annotations.jsonl").open()]
+    assert [(row["image"], row["source"]) for row in rows] == [
+        ("a.jpg", ["synthetic"] * 2),
+        ("b/c.png", ["synthetic"] * 2),
+    ]
+    # Captions beside some of them compete, and the rest needs none still.
+    (tmp_path / "pics/a.txt").write_text("from the web")
+    found = items(ImageFolder(tmp_path / "pics", None, shard_size=9))
+    assert [item.captions for item in found] == [["from the web"], []]
+    # Training needs them as before: it doesn't take the table that CapFilt had made.
+    (tmp_path / "pics/a.txt").unlink()
+    with pytest.raises(
+        DataError, match=r"none with a .txt file beside it; set datasets\..*train\.annotations"
+    ):
+        build_dataset_from_preset("plain", {"train": {"images": str(tmp_path / "pics")}})
+
+
 # What is written
 
 
@@ -333,6 +355,22 @@ def test_a_shard_that_fails_rests_before_it_is_tried_again(
     [
         ("--shards {web}/{{0..9}}.tar", 1, "10 of 10 shards are not there, e.g. '{web}/0.tar'"),
         ("--images {web}/nowhere", 1, "--images: no folder '{web}/nowhere'"),
+        ("--images {web}", 1, "{web}: no pictures; give --images another folder"),
+        (
+            "--images {web} --annotations {web}/a.json",
+            1,
+            "can't read {web}/a.json: No such file or directory",
+        ),
+        (
+            "--images {web} --annotations {web}/a.csv",
+            1,
+            "words; say which one it is with --caption-field <field>",
+        ),
+        (
+            "--images {web} --annotations {web}/b.csv",
+            1,
+            "give --annotations a file in which it has that name",
+        ),
         ("--shards {web}/00000.tar --annotations a.json", 2, "--annotations goes with --images"),
         ("--shards {web}/00000.tar --keep 0", 2, "keep must be at least 1 (--keep)"),
         ("--shards {web}/00000.tar --top-p 1.5", 2, "top_p must be above 0 and at most 1 (--top-p)"),
@@ -346,6 +384,8 @@ def test_mistakes_are_one_line(
     arguments: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     web_shards(tmp_path / "web", 1, 3)
+    (tmp_path / "web/a.csv").write_text("image,words\n0.jpg,text\n")
+    (tmp_path / "web/b.csv").write_text("photo,caption\n0.jpg,text\n")
     words = arguments.format(web=tmp_path / "web").split()
     with pytest.raises(SystemExit) as ended:
         capfilt(*MODELS, "--out", str(tmp_path / "out"), *words)

@@ -65,7 +65,8 @@ class Inputs(Protocol):
 class ImageFolder:
     """Pictures of a folder with any annotation file; a piece is so many rows.
 
-    annotations: None for .txt files beside the pictures. group_by_image: rows of one picture are one item.
+    annotations: None for .txt files beside the pictures, where there are any. group_by_image: rows of one picture are
+        one item.
     Raises DataError: see `open_records`.
     """
 
@@ -83,9 +84,16 @@ class ImageFolder:
         if shard_size < 1:
             raise ConfigError(f"--shard-size must be at least 1, got {shard_size}")
         fields = Fields(caption=caption_field)
-        where = "--annotations"
+        where = "--annotations" if annotations else "--images"
         self.records: RecordTable = open_records(
-            Source(annotations, images, fields=fields, group_by_image=group_by_image, where=where)
+            Source(
+                annotations,
+                images,
+                fields=fields,
+                group_by_image=group_by_image,
+                where=where,
+                uncaptioned=annotations is None,
+            )
         )
         self.images = images
         self.shard_size = shard_size

@@ -110,8 +110,8 @@ def run_capfilt(settings: Settings, place: Place) -> None:
             source, reason = next(iter(summary.unreadable.items()))
             raise DataError(
                 f"{len(summary.unreadable)} of {len(job.names)} shards could not be read, for example {source}: "
-                f"{reason}; "
-                "give the same command again to try those again, or with --skip-unreadable-shards to do without them"
+                f"{reason}; give the same command again to try those again, or with --skip-unreadable-shards to do "
+                "without them"
             )
 
 

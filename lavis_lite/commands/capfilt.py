@@ -47,7 +47,7 @@ def capfilt_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite c
         "--shards", metavar="PATTERN", help="tar shards: 'web/{00000..00099}.tar', pipe:, http(s)"
     )
     source.add_argument(
-        "--annotations", metavar="FILE", help="of --images; by default .txt files beside the pictures"
+        "--annotations", metavar="FILE", help="of --images; by default .txt files beside the pictures, if any"
     )
     source.add_argument("--caption-field", metavar="NAME", help="the captions' name, if it is unusual")
     source.add_argument("--group-by-image", action="store_true", help="the file has several rows a picture")

@@ -13,12 +13,13 @@ from lavis_lite.datasets.images import SUFFIXES
 from lavis_lite.datasets.readers import Row, bad_text
 
 
-def read_rows(root: Path, *, where: str) -> Iterator[Row]:
+def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[Row]:
     """Rows in the order of their paths, subfolders included; each non-empty line of a .txt file is a caption.
 
-    A picture without a usable .txt file becomes a row with a problem, met like an unreadable picture.
+    A picture without a usable .txt file becomes a row with a problem, met like an unreadable picture; with
+    `uncaptioned` one without any .txt file is a row without captions. where: as of `Source`.
 
-    Raises DataError when there are no pictures, or no .txt file beside any of them.
+    Raises DataError when there are no pictures, or (unless uncaptioned) no .txt file beside any of them.
     """
     pictures = captioned = 0
     for relative, names in _walk(root):
@@ -29,13 +30,19 @@ def read_rows(root: Path, *, where: str) -> Iterator[Row]:
             pictures += 1
             text = os.path.splitext(name)[0] + ".txt"
             captioned += text in texts
-            yield _row(root, os.path.join(relative, name), os.path.join(relative, text), text in texts)
-    if not captioned:
+            picture = os.path.join(relative, name)
+            if uncaptioned and text not in texts and not bad_text(picture):
+                yield Row(picture)
+            else:
+                yield _row(root, picture, os.path.join(relative, text), text in texts)
+    if not (pictures if uncaptioned else captioned):
         found = f"{pictures} pictures and none with a .txt file beside it" if pictures else "no pictures"
-        raise DataError(
-            f"{root}: {found}; set {where}.annotations to a file with the captions, "
-            f"or {where}.images to another folder"
+        remedy = (
+            f"give {where} another folder"
+            if where.startswith("--")
+            else f"set {where}.annotations to a file with the captions, or {where}.images to another folder"
         )
+        raise DataError(f"{root}: {found}; {remedy}")
 
 
 def fingerprint(root: Path) -> str:

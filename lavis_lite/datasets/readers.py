@@ -83,7 +83,7 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of an annotation file.
 
-    select: for a field, the values whose rows are taken. where: YAML path of the split, for messages.
+    select: for a field, the values whose rows are taken. where: as of `Source`, for messages.
     Raises DataError with file, place and remedy.
     """
     kind = path_format(path) if format == "auto" else format
@@ -157,11 +157,15 @@ def missing_field(
     """What to tell a user whose row lacks the field `name` for a role."""
     there = [str(key) for key in record]
     hint = closest(name, there)
+    if not where.startswith("--"):
+        remedy = f"say which one it is with {where}.fields.{role}=<field>"
+    elif role == "caption":
+        remedy = "say which one it is with --caption-field <field>"
+    else:
+        remedy = f"give {where} a file in which it has that name"
     return (
         f"{path}{', ' + place if place else ''}: no field '{name}' for the {role}; "
-        f"fields there: {', '.join(there)}"
-        + (f"; {hint}" if hint else "")
-        + f"; say which one it is with {where}.fields.{role}=<field>"
+        f"fields there: {', '.join(there)}" + (f"; {hint}" if hint else "") + f"; {remedy}"
     )
 
 

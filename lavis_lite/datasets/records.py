@@ -66,8 +66,9 @@ class Source:
     """What a table is made from.
 
     annotations: the file; None for a folder of pictures with .txt files beside them. images: the image
-    folder. where: the YAML path of the split, for messages. group_by_image: join the rows of one picture.
-    split_captions: a row for each caption. limit: rows.
+    folder. where: the YAML path of the split, or a command's option such as --annotations, for messages.
+    group_by_image: join the rows of one picture. split_captions: a row for each caption. limit: rows. uncaptioned:
+    pictures of a folder need no .txt file.
     """
 
     annotations: Path | None
@@ -79,6 +80,7 @@ class Source:
     split_captions: bool = False
     limit: int | None = None
     where: str = "datasets.custom.train"
+    uncaptioned: bool = False
 
     @property
     def path(self) -> Path:
@@ -93,7 +95,7 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """The rows as they are read; see `readers.read_rows` and `folder.read_rows`."""
         if self.annotations is None:
-            return folder.read_rows(self.images, where=self.where)
+            return folder.read_rows(self.images, where=self.where, uncaptioned=self.uncaptioned)
         return readers.read_rows(
             self.annotations, format=self.format, fields=self.fields, select=self.select, where=self.where
         )
@@ -245,5 +247,7 @@ def _key(source: Source) -> str:
         states = [(str(file.resolve()), file.stat()) for file in source.files]
         state = [[name, status.st_size, status.st_mtime_ns] for name, status in states]
     decides = asdict(replace(source, where="", images=Path() if source.files else source.images))
+    if not decides["uncaptioned"]:  # as before there was such a thing: tables that are there keep their names
+        del decides["uncaptioned"]
     text = json.dumps([LAYOUT, str(source.path.resolve()), state, decides], default=str, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
