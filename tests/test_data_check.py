@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from data_helpers import make_jsonl, save_picture
 from shard_helpers import write_shards
 
 from lavis_lite.commands.data import data_main
-from lavis_lite.common.config import read_yaml
+from lavis_lite.common.config import PRESETS, read_yaml
+from lavis_lite.datasets.builders import SPLITS
 from lavis_lite.datasets.layout import COUNTS
 from lavis_lite.datasets.named import preset_names
 
@@ -55,6 +57,29 @@ def test_counts_are_those_of_the_cards() -> None:
             assert f"{rows:,}" in card, (name, split)
 
 
+def test_every_preset_has_the_counts_of_its_card_or_a_reason_for_none() -> None:
+    counts = read_yaml(COUNTS)
+    lists = [counts["exact"], counts["published"], counts["uncounted"]]
+    assert sorted(name for one in lists for name in one) == preset_names()
+    for name in preset_names():
+        section = read_yaml(PRESETS / "datasets" / f"{name}.yaml")
+        told = {**counts["exact"], **counts["published"]}.get(name, counts["uncounted"].get(name))
+        if isinstance(told, dict):
+            assert set(told) == {split for split in SPLITS if section.get(split)}, name
+        else:
+            assert told, name
+
+
+@pytest.mark.parametrize("card", sorted(CARDS.glob("*.md")), ids=lambda card: card.stem)
+def test_exact_counts_of_a_card_are_compared_with(card: Path) -> None:
+    """Each split of its table has the number that the check compares with in one of its rows."""
+    exact = read_yaml(COUNTS)["exact"].get(card.stem)
+    table = re.findall(r"^\| (train|val|test)\b(.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    for split in {name for name, _ in table} if exact else ():
+        told = {number for name, row in table if name == split for number in re.findall(r"[\d,]+", row)}
+        assert f"{exact[split]:,}" in told, split
+
+
 def test_every_card_names_its_check() -> None:
     for card in CARDS.glob("*.md"):
         if card.stem != "shapes":
@@ -93,10 +118,27 @@ def test_what_is_whole_passes(tmp_path: Path, cache: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "own train: 4 rows, 4 of 4 pictures looked for are there\n"
 
 
+def test_a_stream_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "shards", 2, 3)
+    train = {"shards": f"pipe:cat {tmp_path}/shards/{{00000..00001}}.tar", "samples": 12345}
+    own = {"builder": "shards", "train": train}
+    (tmp_path / "own.yaml").write_text(json.dumps({"datasets": {"own": own}}))
+    assert check(str(tmp_path / "own.yaml")) == 0
+    told = capsys.readouterr().out
+    assert (
+        "own train: a stream of 2 shards" in told
+        and "not counted: `lavis-lite shards check` reads it" in told
+    )
+    assert "12,345" not in told
+
+
 def test_the_embedded_world_is_drawn_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     small = [f"datasets.shapes_caption.{split}=3" for split in ("train", "val", "test")]
     assert check("shapes_caption", "--options", *small) == 0
-    assert capsys.readouterr().out.count("3 rows, 3 of 3 pictures") == 3
+    told = capsys.readouterr().out
+    assert (
+        told.count("3 rows, 3 of 3 pictures") == told.count("not compared with a count: drawn, as many") == 3
+    )
 
 
 def test_an_unknown_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

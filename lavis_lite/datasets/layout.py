@@ -12,6 +12,7 @@ from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.datasets.builders import SPLITS, build_datasets
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.named import only_split
+from lavis_lite.datasets.shard_stream import ShardStream
 from lavis_lite.datasets.tar_members import Address
 
 # Pictures looked for in each split, spread over its rows, unless all are.
@@ -24,8 +25,9 @@ class SplitLayout:
     """What was found of a split.
 
     problem: why it can't be read at all. rows: found. exact, published: how many there should be, or were once; None
-    where that isn't known. looked_for: rows whose picture was looked for. missing: paths of those that aren't there.
-    unusable: why rows can't be used, such as an empty caption. files: what its rows show.
+    where that isn't known. uncounted: why it isn't. streamed: shards of a stream, which has no rows. looked_for: rows
+    whose picture was looked for. missing: paths of those that aren't there. unusable: why rows can't be used, such as
+    an empty caption. files: what its rows show.
     """
 
     split: str
@@ -33,6 +35,8 @@ class SplitLayout:
     rows: int = 0
     exact: int | None = None
     published: int | None = None
+    uncounted: str | None = None
+    streamed: int | None = None
     looked_for: int = 0
     missing: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
@@ -41,13 +45,18 @@ class SplitLayout:
     @property
     def good(self) -> bool:
         """Whether all is there that should be."""
-        counted = self.exact is None or self.exact == self.rows
+        counted = self.exact is None or self.streamed is not None or self.exact == self.rows
         return counted and not (self.problem or self.missing or self.unusable)
 
     def lines(self) -> list[str]:
         """What to tell a user of it."""
         if self.problem is not None:
             return [f"{self.split}: {self.problem}"]
+        if self.streamed is not None:
+            return [
+                f"{self.split}: a stream of {self.streamed:,} shards, of which the beginnings of some can be read; not "
+                "counted: `lavis-lite shards check` reads it"
+            ]
         told = [f"{self.rows:,} rows"]
         if self.exact is not None:
             told.append("as they should be" if self.exact == self.rows else f"there should be {self.exact:,}")
@@ -55,6 +64,8 @@ class SplitLayout:
             told.append(f"{self.rows / self.published:.0%} of the {self.published:,} published")
         there = self.looked_for - len(self.missing)
         told.append(f"{there:,} of {self.looked_for:,} {self.files} looked for are there")
+        if self.uncounted is not None:
+            told.append(f"not compared with a count: {self.uncounted}")
         lines = [f"{self.split}: {', '.join(told)}"]
         lines += [f"{self.split}: missing, for example {path}" for path in self.missing[:3]]
         if self.unusable:
@@ -77,11 +88,16 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
             split,
             exact=counts["exact"].get(name, {}).get(split),
             published=counts["published"].get(name, {}).get(split),
+            uncounted=counts["uncounted"].get(name),
         )
         try:
             dataset = build_datasets({name: only_split(section, split)})[name][split]
         except LavisLiteError as error:
             found.problem = str(error)
+            yield found
+            continue
+        if isinstance(dataset, ShardStream):
+            found.streamed = len(dataset.urls)
         else:
             found.rows = len(dataset)
             if isinstance(dataset, ImageTextDataset):
