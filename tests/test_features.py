@@ -16,6 +16,7 @@ import torch
 from data_helpers import make_jsonl
 from feature_world import noise_pictures
 from PIL import Image
+from shard_helpers import write_shards
 from stage1_helpers import TinyPatches
 
 from lavis_lite.common.errors import ConfigError, DataError
@@ -134,13 +135,34 @@ def test_a_view_is_a_function_of_seed_picture_and_number(tmp_path: Path) -> None
     assert not torch.equal(pictures.views(4, count=4, seed=0), four)
 
 
-def test_a_changed_file_changes_the_state_of_its_pictures(tmp_path: Path) -> None:
+def test_what_files_are_is_told_in_parts(tmp_path: Path) -> None:
     make_jsonl(tmp_path, 6)
-    pictures = Pictures(dataset(tmp_path))
-    before = [pictures.state(range(0, 3)), pictures.state(range(3, 6))]
-    (tmp_path / "images" / "4.jpg").unlink()
-    assert pictures.state(range(0, 3)) == before[0]
-    assert pictures.state(range(3, 6)) != before[1]
+    pictures, own = Pictures(dataset(tmp_path)), range(3, 6)
+    before, contents, others = pictures.files(own), pictures.contents(own), pictures.files(range(0, 3))
+    changed, path = [], tmp_path / "images" / "4.jpg"
+    os.utime(path, (5, 5))
+    changed.append((pictures.files(own), pictures.contents(own)))
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    changed.append((pictures.files(own), pictures.contents(own)))
+    path.write_bytes(b"longer" + path.read_bytes())
+    changed.append((pictures.files(own), pictures.contents(own)))
+    path.unlink()
+    changed.append((pictures.files(own), pictures.contents(own)))
+    assert [files.times == before.times for files, _ in changed] == [False] * 4
+    assert [files.state == before.state for files, _ in changed] == [True, True, False, False]
+    assert [found == contents for _, found in changed] == [True, False, False, False]
+    assert pictures.files(range(0, 3)) == others
+
+
+def test_files_of_shards_are_told_by_member(tmp_path: Path) -> None:
+    write_shards(tmp_path, 1, 3)
+    built = build_datasets({"own": {"builder": "shards", "train": {"shards": f"{tmp_path}/00000.tar"}}})
+    pictures, own = Pictures(built["own"]["train"]), range(0, 3)
+    before, contents = pictures.files(own), pictures.contents(own)
+    os.utime(tmp_path / "00000.tar", (5, 5))
+    after = pictures.files(own)
+    assert after.state == before.state and after.times != before.times
+    assert pictures.contents(own) == contents
 
 
 def test_an_unreadable_picture_is_told_with_its_reason(tmp_path: Path) -> None:
@@ -149,7 +171,9 @@ def test_an_unreadable_picture_is_told_with_its_reason(tmp_path: Path) -> None:
     viewed = ViewReader(Pictures(dataset(tmp_path)), count=2, seed=0)[[0, 1, 2]]
     assert viewed.numbers == [0, 2] and viewed.views is not None and viewed.views.shape == (4, 3, 16, 16)
     assert viewed.failures == [(1, str(tmp_path / "images" / "1.jpg"), "the file is empty")]
-    assert ViewReader(Pictures(dataset(tmp_path)), count=2, seed=0)[[1]].views is None
+    pictures = Pictures(dataset(tmp_path))
+    assert viewed.contents == [pictures.content(0), None, pictures.content(2)]
+    assert ViewReader(pictures, count=2, seed=0)[[1]].views is None
 
 
 # The files
@@ -157,7 +181,7 @@ def test_an_unreadable_picture_is_told_with_its_reason(tmp_path: Path) -> None:
 
 def filled(folder: Path, pictures: Pictures, precision: Any = "int8") -> tuple[FeatureStore, ImageFeatures]:
     layout = Layout(views=2, tokens=3, width=5, precision=precision, per_shard=4)
-    states = [pictures.state(numbers) for numbers in layout.shards(len(pictures))]
+    states = [pictures.files(numbers).state for numbers in layout.shards(len(pictures))]
     store = FeatureStore(folder, layout, len(pictures), states)
     features = ImageFeatures.rounded(torch.randn(len(pictures), 2, 3, 5), precision)
     for shard in range(len(states)):
@@ -168,6 +192,7 @@ def filled(folder: Path, pictures: Pictures, precision: Any = "int8") -> tuple[F
             shard,
             ImageFeatures(features.values[part].contiguous(), scale),
             {1: "broken"} if not shard else {},
+            pictures.contents(own),
         )
     return store, features
 
@@ -199,7 +224,9 @@ def test_a_file_cut_short_or_of_other_pictures_is_missing(tmp_path: Path) -> Non
     ):
         store.read(5, 0)
     (tmp_path / "images" / "9.jpg").write_bytes(b"x")
-    changed = FeatureStore(store.folder, store.layout, 10, [*store.states[:2], pictures.state(range(8, 10))])
+    changed = FeatureStore(
+        store.folder, store.layout, 10, [*store.states[:2], pictures.files(range(8, 10)).state]
+    )
     assert changed.missing() == [1, 2]
     with pytest.raises(DataError, match="other pictures now"):
         changed.read(9, 0)
@@ -241,7 +268,7 @@ def test_questions_about_one_picture_share_its_features(tmp_path: Path) -> None:
     pictures = Pictures(rows)
     assert (len(rows), len(pictures)) == (6, 2)
     store, features = filled(tmp_path / "store", pictures, "bf16")
-    store.write(0, features, {})
+    store.write(0, features, {}, "")
     stored = rows.with_features(StoredViews(pictures, store))
     sample, fresh = stored.load(4, seed=0), rows.load(4, seed=0)
     assert sample["text_input"] == fresh["text_input"] == "what is 4?" and sample["text_output"] == "it is 4"

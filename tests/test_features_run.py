@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -215,6 +216,48 @@ def test_only_the_file_of_a_changed_picture_is_built_again(tmp_path: Path, encod
         True,
     ]
     assert not torch.equal(rows.load(7, seed=0)["image"].float(), before)
+
+
+def test_a_copy_of_the_pictures_elsewhere_reads_what_is_stored(
+    tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, there = prepared(tmp_path), tmp_path / "scratch"
+    shutil.copytree(tmp_path / "images", there / "images", copy_function=shutil.copyfile)
+    shutil.copyfile(tmp_path / "rows.jsonl", there / "rows.jsonl")
+    os.utime(there / "images" / "9.jpg", (5, 5))
+    times = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
+    encoded.clear()
+    with told() as messages:
+        rows = prepared(tmp_path, f"datasets.own.root={there}")["own"]["train"]
+    assert rows.image_path(3).startswith(str(there)) and encoded == [1, 1]
+    assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == times
+    assert any("24 pictures have other times, so that their contents are compared" in m for m in messages)
+    row = (rows.load(9, seed=3)["image"], first["own"]["train"].load(9, seed=3)["image"])
+    assert torch.equal(row[0].float(), row[1].float())
+    # What was compared once is known from then on, wherever it is.
+    monkeypatch.setattr(Pictures, "contents", lambda *_: pytest.fail("read again"))
+    prepared(tmp_path, f"datasets.own.root={there}")
+
+
+def test_a_picture_that_changed_while_copied_is_noticed(tmp_path: Path, encoded: list[int]) -> None:
+    prepared(tmp_path)
+    path = tmp_path / "images" / "7.jpg"
+    path.write_bytes(path.read_bytes()[:-60] + bytes(60))  # as long as before
+    encoded.clear()
+    prepared(tmp_path)
+    assert sum(encoded) == 2 + 5 * 4
+    encoded.clear()
+    prepared(tmp_path)
+    assert encoded == [1, 1]
+
+
+def test_equal_paths_of_another_dataset_are_its_own(tmp_path: Path, encoded: list[int]) -> None:
+    """Views depend on the dataset's name, also where names become one in a folder's."""
+    cfg = config(tmp_path)
+    for name in ("a-b", "a_b"):
+        datasets = {name: {"train": setup.build_base(cfg, model_cfg=cfg.model).datasets["own"]["train"]}}
+        features.prepare(cfg, datasets, setup.encoder_of(setup.build_base(cfg, model_cfg=cfg.model)))
+    assert len({path.parent for path in files(tmp_path)}) == 2
 
 
 def test_more_pictures_keep_what_is_stored(tmp_path: Path, encoded: list[int]) -> None:

@@ -26,6 +26,7 @@ from lavis_lite.image_features import DTYPES, FeaturePrecision, ImageFeatures
 SHARD_BYTES = 64 * 2**20
 # The one key of a file's metadata.
 ABOUT = "about"
+NOTHING = '{"pictures": null, "contents": null, "problems": {}}'
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Layout:
 class FeatureStore:
     """The features of N pictures in a folder; pickles as these arguments, its files not open.
 
-    states: for each file, the state of its pictures, see `Pictures.state`.
+    states: for each file, the state of its pictures, see `Files`.
     """
 
     def __init__(self, folder: Path, layout: Layout, pictures: int, states: Sequence[str]) -> None:
@@ -106,15 +107,21 @@ class FeatureStore:
         wanted = [len(self.numbers(shard)), layout.views, layout.tokens, layout.width]
         return about["pictures"] == self.states[shard] and list(shape) == wanted
 
-    def write(self, shard: int, features: ImageFeatures, problems: Mapping[int, str]) -> None:
+    def contents(self, shard: int) -> str:
+        """What was told of the pictures' contents when a file that is there was written."""
+        with safe_open(self.path(shard), framework="pt") as file:
+            return str(_about(file)["contents"])
+
+    def write(self, shard: int, features: ImageFeatures, problems: Mapping[int, str], contents: str) -> None:
         """Write a file of features [n, V, P, C]; complete or not there, whatever happens meanwhile.
 
-        problems: number of a picture without features -> why it has none. Raises OSError when the disk is full.
+        problems: number of a picture without features -> why it has none. contents: `joined_contents` of the pictures.
+        Raises OSError when the disk is full.
         """
         tensors = {"values": features.values}
         if features.scale is not None:
             tensors["scale"] = features.scale
-        about = {"pictures": self.states[shard], "problems": dict(problems)}
+        about = {"pictures": self.states[shard], "contents": contents, "problems": dict(problems)}
         content = save(tensors, metadata={ABOUT: json.dumps(about)})
         with atomic_file(self.path(shard)) as temporary:
             temporary.write_bytes(content)
@@ -149,9 +156,7 @@ class Shard:
 def _about(file: Any) -> dict[str, Any]:
     """What is said in an open file: the state of its pictures, and why some have no features."""
     # One key, since the library writes several in any order and equal features shall make equal files.
-    about: dict[str, Any] = json.loads(
-        (file.metadata() or {}).get(ABOUT, '{"pictures": null, "problems": {}}')
-    )
+    about: dict[str, Any] = json.loads((file.metadata() or {}).get(ABOUT, NOTHING))
     return about
 
 

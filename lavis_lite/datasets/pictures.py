@@ -5,9 +5,11 @@ Several rows may show one picture (questions about it, its captions one by one);
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,9 +24,23 @@ from torch.utils.data import Dataset
 from lavis_lite.common.fingerprint import digest
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, seeded
-from lavis_lite.datasets.images import read_image
+from lavis_lite.datasets.images import read_bytes, read_image
 from lavis_lite.datasets.order import VIEW, seed_of
 from lavis_lite.datasets.tar_members import Address
+
+# Files that are read at once to compare their contents.
+READERS = 8
+
+
+class Files(NamedTuple):
+    """Some pictures' files as they are now, in two texts.
+
+    state: changes when a path below its folder, or a size, does. times: when a modification time does, which copies of
+    the same files have of their own.
+    """
+
+    state: str
+    times: str
 
 
 class Pictures:
@@ -73,32 +89,54 @@ class Pictures:
                 tensors.append(self.dataset.vis_processor(picture))
         return torch.stack(tensors)
 
-    def state(self, numbers: range) -> str:
-        """A text that changes when one of these pictures' files does: path below its folder, size or time."""
-        return digest(json.dumps([self._file(number) for number in numbers]), 32)
+    def files(self, numbers: range) -> Files:
+        """What these pictures' files are, without reading them."""
+        found = [self._file(number) for number in numbers]
+        states, times = [state for state, _ in found], [time for _, time in found]
+        return Files(digest(json.dumps(states), 32), digest(json.dumps(times), 32))
 
-    def _file(self, number: int) -> list[Any]:
+    def _file(self, number: int) -> tuple[list[Any], int]:
+        """(part, path below its folder, size) and modification time."""
         part, name = self._place(number)
         path = self.path(number)
         member = Address.parse(path)
         try:
             status = os.stat(member.tar if member else path)
         except (OSError, ValueError):  # missing, or no path at all: a row that can't be read either way
-            return [part, name, None]
-        return [part, name, status.st_size, status.st_mtime_ns]
+            return [part, name, None], 0
+        return [part, name, member.size if member else status.st_size], status.st_mtime_ns
+
+    def content(self, number: int) -> str | None:
+        """A text that changes with any bit of a picture's file; None for one that can't be read."""
+        try:
+            return hashlib.sha256(read_bytes(self.path(number))).hexdigest()[:32]
+        except (UnreadableSample, ValueError):
+            return None
+
+    def contents(self, numbers: range) -> str:
+        """`joined_contents` of these pictures, whose files are read for it."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return joined_contents(pool.map(self.content, numbers))
 
     def _place(self, number: int) -> tuple[int, str]:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return part, self._names[part][number - self._starts[part]].as_py() or ""
 
 
+def joined_contents(contents: Iterable[str | None]) -> str:
+    """One text for `Pictures.content` of several pictures in their order."""
+    return digest(json.dumps(list(contents)), 32)
+
+
 class Viewed(NamedTuple):
     """Some pictures' views: the numbers of those that could be read, their views float32[len(numbers) * V, 3, H, W]
-    (None where none could), and (number, path, reason) of the others."""
+    (None where none could), and (number, path, reason) of the others. contents: `Pictures.content` of all in the order
+    they were asked for."""
 
     numbers: list[int]
     views: Tensor | None
     failures: list[tuple[int, str, str]]
+    contents: list[str | None]
 
 
 @dataclass(frozen=True)
@@ -110,11 +148,13 @@ class ViewReader(Dataset[Viewed]):
     seed: int
 
     def __getitem__(self, numbers: Sequence[int]) -> Viewed:
-        good, views, failures = [], [], []
+        good, views, failures, contents = [], [], [], []
         for number in numbers:
+            # Before the views: a file that changes between the two must not pass for the one that was encoded.
+            contents.append(self.pictures.content(number))
             try:
                 views.append(self.pictures.views(number, count=self.count, seed=self.seed))
                 good.append(number)
             except UnreadableSample as error:
                 failures.append((number, error.path, error.reason))
-        return Viewed(good, torch.cat(views) if views else None, failures)
+        return Viewed(good, torch.cat(views) if views else None, failures, contents)

@@ -15,7 +15,7 @@ from lavis_lite.common.logging import duration, get_logger
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.feature_store import FeatureStore
 from lavis_lite.datasets.loader import Fetched, ReadCounter, read_in_order
-from lavis_lite.datasets.pictures import Pictures, Viewed, ViewReader
+from lavis_lite.datasets.pictures import Pictures, Viewed, ViewReader, joined_contents
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.vision.tower import VisionTower
 
@@ -128,6 +128,7 @@ def _fill_one(
     shape = (len(numbers), layout.views, layout.tokens, layout.width)
     whole = ImageFeatures.rounded(torch.zeros(shape), layout.precision)
     problems: dict[int, str] = {}
+    contents: list[str | None] = []
     for some in viewed:
         if some.views is not None:
             own = _rounded(encoder(some.views), build, some.numbers)
@@ -135,11 +136,12 @@ def _fill_one(
             whole.values[places] = own.values.unflatten(0, (-1, layout.views))
             if whole.scale is not None and own.scale is not None:
                 whole.scale[places] = own.scale.unflatten(0, (-1, layout.views))
+        contents += some.contents
         problems.update({number: reason for number, _, reason in some.failures})
         failures = [(path, reason) for _, path, reason in some.failures]
         counter.count(Fetched(None, len(some.numbers), failures))
         progress.advance(len(some.numbers) + len(failures))
-    store.write(shard, whole, problems)
+    store.write(shard, whole, problems, joined_contents(contents))
 
 
 def _rounded(features: Tensor, build: Build, numbers: Sequence[int]) -> ImageFeatures:

@@ -1,7 +1,8 @@
 """Which folder a split's features belong into: one for each thing they depend on.
 
-The key holds the encoder and its weights, the arithmetic, the image transform, the seed and the image folders. Another
-key is another folder, so nothing is ever read that does not fit; the pictures themselves are checked file by file.
+The key holds the dataset's name, the encoder and its weights, the arithmetic, the image transform and the seed. Another
+key is another folder, so nothing is ever read that does not fit; the pictures themselves are checked file by file, by
+their paths below the image folder, wherever that is now.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = get_logger(__name__)
 
 ABOUT, LOCK = "about.json", "lock"
 # Raised when files of older versions can't be read.
-VERSION = 1
+VERSION = 2
 # Keys of a vision_encoder section that don't change what a frozen encoder computes, or that others tell better.
 NOT_IN_KEY = ("freeze", "pretrained", "grad_checkpointing", "precision")
 
@@ -57,8 +58,9 @@ def find_store(
     locks: ExitStack,
     *,
     meanwhile: Callable[[], None] | None = None,
-) -> FeatureStore:
+) -> tuple[FeatureStore, list[str]]:
     """The store that a split's features belong into, complete or not; its folder made, and locked as long as `locks`.
+    And for each of its files the `Files.times` of its pictures.
 
     meanwhile: see `locked`.
 
@@ -69,7 +71,7 @@ def find_store(
         "version": VERSION,
         "encoder": _encoder_key(cfg, encoder),
         "transform": _transform_key(pictures.dataset.vis_processor),
-        "images": [str(part.images) for part in pictures.dataset.parts],
+        "dataset": [one.name, one.split],
         "views": one.views,
         "seed": settings.seed,
         "precision": settings.precision,
@@ -89,8 +91,9 @@ def find_store(
         layout = Layout.of(one.views, *encoder.shape(pictures), settings.precision)
         about = {"key": key, "tokens": layout.tokens, "width": layout.width, "per_shard": layout.per_shard}
         atomic_write(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-    states = [pictures.state(numbers) for numbers in layout.shards(len(pictures))]
-    return FeatureStore(folder, layout, len(pictures), states)
+    files = [pictures.files(numbers) for numbers in layout.shards(len(pictures))]
+    store = FeatureStore(folder, layout, len(pictures), [state for state, _ in files])
+    return store, [times for _, times in files]
 
 
 def _encoder_key(cfg: Config, encoder: Encoder) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from lavis_lite.image_features import ImageFeatures
 from lavis_lite.runners.feature_build import Build, Encoder, fill
 from lavis_lite.runners.feature_keys import Chosen, find_store
 from lavis_lite.runners.feature_space import agree
+from lavis_lite.runners.feature_times import changed_shards, note_times
 
 logger = get_logger(__name__)
 
@@ -63,10 +64,10 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
     chosen, seed = _chosen(cfg, datasets), cfg.run.features.seed
     with ExitStack() as locks:
         if dist.is_main():
-            stores = [find_store(cfg, one, encoder, locks, meanwhile=_still_waiting) for one in chosen]
+            own = [find_store(cfg, one, encoder, locks, meanwhile=_still_waiting) for one in chosen]
             found = [
-                (store, _missing(store, one, encoder, seed=seed))
-                for one, store in zip(chosen, stores, strict=True)
+                (store, _missing(store, times, one, encoder, seed=seed))
+                for one, (store, times) in zip(chosen, own, strict=True)
             ]
             agree(cfg.run.features, found)
             dist.broadcast_object(found)
@@ -79,6 +80,9 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
                 build = Build(one.label, one.pictures, store, seed)
                 fill(build, mine, encoder, num_workers=cfg.run.num_workers, counter=counter)
         dist.barrier()
+        if dist.is_main():
+            for (store, times), (_, missing) in zip(own, found, strict=True):
+                note_times(store, missing, times)
     for one, (store, _) in zip(chosen, found, strict=True):
         _check_complete(store)
         logger.info("features of %s: %s, %s in %s", one.label, store, show_bytes(store.size()), store.folder)
@@ -115,10 +119,14 @@ def _chosen(cfg: Config, datasets: Datasets) -> list[Chosen]:
     return chosen
 
 
-def _missing(store: FeatureStore, one: Chosen, encoder: Encoder, *, seed: int) -> list[int]:
+def _missing(
+    store: FeatureStore, times: Sequence[str], one: Chosen, encoder: Encoder, *, seed: int
+) -> list[int]:
     """The files of a store that are missing or no longer of these pictures; all, where the encoder disagrees."""
     every = range(len(store.states))
     missing = store.missing()
+    there = sorted(set(every) - set(missing))
+    missing = sorted([*missing, *changed_shards(store, one.pictures, there, times, meanwhile=_still_waiting)])
     stale = [shard for shard in missing if store.path(shard).exists()]
     if stale:
         logger.info(
