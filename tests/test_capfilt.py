@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -41,6 +42,10 @@ def capfilt(*arguments: str, seconds: float = 0.0) -> list[int]:
     with fake_models(seconds) as built:
         main(["capfilt", *arguments])
     return built[0].batches if built else []
+
+
+def shown_pictures(page: Path) -> list[str]:
+    return re.findall(r"data:image/jpeg;base64,[^\"]+", page.read_text())
 
 
 # Which captions are drawn
@@ -283,6 +288,7 @@ def test_pictures_of_a_folder_become_a_dataset_by_yaml(tmp_path: Path) -> None:
     capfilt(*arguments, "--shard-size", "4", "--no-tars", "--out", str(tmp_path / "bare"))
     assert (tmp_path / "bare/annotations.jsonl").read_bytes() == (out / "annotations.jsonl").read_bytes()
     assert not list((tmp_path / "bare").glob("*.tar"))
+    assert shown_pictures(tmp_path / "bare/report.html") == shown_pictures(out / "report.html") != []
 
 
 def test_what_is_done_is_not_done_again_and_a_lost_shard_is(

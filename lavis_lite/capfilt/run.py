@@ -101,7 +101,7 @@ def run_capfilt(settings: Settings, place: Place) -> None:
     if not all(map(output.is_over, job.names)):
         _work(job, place, claims)
     try:
-        summary = finish(output, job.names, claims)
+        summary = finish(output, job.names, claims, inputs)
     except OSError as error:
         raise refused(error, output.folder, len(job.names)) from error
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process tells it

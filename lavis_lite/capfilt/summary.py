@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from lavis_lite.capfilt.claims import Claims
+from lavis_lite.capfilt.inputs import Inputs
 from lavis_lite.capfilt.output import Output
 from lavis_lite.capfilt.tally import BINS, Tally, added
 from lavis_lite.common.errors import DataError
@@ -85,10 +85,10 @@ class Summary:
         return said
 
 
-def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
+def finish(output: Output, names: Sequence[str], claims: Claims, inputs: Inputs) -> Summary:
     """Join, count and report what was done, unless another process does it now: then wait for that.
 
-    Raises DataError when a shard vanished meanwhile.
+    names: of the output's shards, one for each piece of the inputs. Raises DataError when a shard vanished meanwhile.
     """
     path = output.folder / f"{NAME}.json"
     while (claim := claims.take(NAME)) is None:
@@ -103,7 +103,7 @@ def finish(output: Output, names: Sequence[str], claims: Claims) -> Summary:
         summary = _summary(manifests, unreadable, output.folder)
         if output.annotations:
             _join(output, list(manifests))
-        atomic_write(output.folder / "report.html", _page(summary, manifests, output))
+        atomic_write(output.folder / "report.html", _page(summary, manifests, output, inputs))
         atomic_write(path, json.dumps(asdict(summary), indent=1) + "\n")
         remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
         claims.clear({*names, NAME})
@@ -172,7 +172,9 @@ def _join(output: Output, names: Sequence[str]) -> None:
 # The page
 
 
-def _page(summary: Summary, manifests: Mapping[str, Mapping[str, Any]], output: Output) -> str:
+def _page(
+    summary: Summary, manifests: Mapping[str, Mapping[str, Any]], output: Output, inputs: Inputs
+) -> str:
     tally = summary.tally
     kept = tally.web_kept + tally.synthetic_kept
     headline = [
@@ -196,7 +198,7 @@ def _page(summary: Summary, manifests: Mapping[str, Mapping[str, Any]], output: 
     if summary.unreadable:
         rows = [[source, reason] for source, reason in list(summary.unreadable.items())[:REASONS]]
         body.append(section("Shards that could not be read", table(["shard", "reason"], rows)))
-    samples = _samples(manifests, output)
+    samples = _samples(manifests, output, inputs)
     if samples:
         note = "All candidates with their scores, best first; those kept are ticked."
         body.append(section("Samples", cards(samples), note=note))
@@ -240,24 +242,27 @@ def _histogram(histograms: Mapping[str, Sequence[int]]) -> bytes:
     return buffer.getvalue()
 
 
-def _samples(manifests: Mapping[str, Mapping[str, Any]], output: Output) -> list[str]:
-    """Cards of a few pictures; none where the output has no pictures in it."""
+def _samples(manifests: Mapping[str, Mapping[str, Any]], output: Output, inputs: Inputs) -> list[str]:
+    """Cards of a few pictures, read from the output, or from the input where the output has none in it."""
     found = [
         (name, example) for name, manifest in manifests.items() for example in manifest["tally"]["examples"]
     ]
     made = []
     for name, example in evenly(found, SAMPLES):
-        content = _picture_in(output.folder / f"{name}.tar", example["key"]) if output.tars else None
+        key = example["key"]
+        content = (
+            _picture_in(output.folder / f"{name}.tar", key)
+            if output.tars
+            else _picture_of(inputs, int(name), key)
+        )
+        if content is None:  # it was removed meanwhile
+            continue
         try:
-            shown = (
-                decode_image(io.BytesIO(content), example["key"])
-                if content
-                else Image.new("RGB", (1, 1), "gray")
-            )
+            shown = decode_image(io.BytesIO(content), key)
         except UnreadableSample:
             continue
         shown.thumbnail((THUMBNAIL, THUMBNAIL))
-        made.append(card(picture(jpeg(shown), example["key"]), _candidates(example)))
+        made.append(card(picture(jpeg(shown), key), _candidates(example)))
     return made
 
 
@@ -270,6 +275,14 @@ def _picture_in(tar: Path, key: str) -> bytes | None:
             if sample["__key__"] == key:
                 return bytes(sample["jpg"])
     return None
+
+
+def _picture_of(inputs: Inputs, number: int, key: str) -> bytes | None:
+    """A picture of a piece of the input: one of its first."""
+    try:
+        return next((item.content for item in inputs.open(number) if item.key == key), None)
+    except DataError:
+        return None
 
 
 def _candidates(example: Mapping[str, Any]) -> str:
