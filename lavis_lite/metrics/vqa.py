@@ -8,7 +8,7 @@ from typing import Literal
 from lavis_lite.metrics.vqa_text import normalise, one_line, without_punctuation
 
 # See `accuracy`.
-Truths = Literal["normalised", "official"]
+Truths = Literal["normalised", "official", "official_later"]
 VOICES = 3  # so many people must agree with an answer for it to be right
 
 
@@ -21,29 +21,35 @@ def accuracy(prediction: str, answers: Sequence[str], *, truths: Truths = "norma
 
     Args:
         truths: what is done to people's answers. "normalised": the same as to the prediction, see `normalise`.
-            "official": what visualqa.org's script does, on which published scores rest: only their punctuation is
-            removed, so that "none" never equals a prediction, which becomes "0"; and where all people agree neither
-            they nor the prediction is touched, so that "Two" isn't "two". A single answer is always normalised.
+            "official": what visualqa.org's script did when published scores were measured, and LAVIS's copy does: the
+            prediction is normalised; people's answers lose their punctuation where they differ, and nothing where all
+            are the same, so that "none" and "Two" never equal a prediction, which becomes "0" and "2".
+            "official_later": what that script does since: where people's answers differ both sides are normalised,
+            where all are the same neither is. A single answer is always normalised.
 
     Raises ValueError without an answer.
     """
     if not answers:
         raise ValueError("a question without answers has no accuracy")
-    if len(answers) == 1:
-        return float(normalise(prediction) == normalise(answers[0]))
     said, given = _compared(prediction, answers, truths)
     agreeing = [said == answer for answer in given]
+    if len(given) == 1:
+        return float(agreeing[0])
     total = sum(agreeing)
     return sum(min((total - own) / VOICES, 1.0) for own in agreeing) / len(given)
 
 
 def _compared(prediction: str, answers: Sequence[str], truths: Truths) -> tuple[str, list[str]]:
-    if truths == "normalised":
+    """The prediction and people's answers as they are compared."""
+    if truths == "normalised" or len(answers) == 1:
         return normalise(prediction), [normalise(answer) for answer in answers]
+    if truths == "official":
+        differ = len(set(answers)) > 1
+        return normalise(prediction), [without_punctuation(text) if differ else text for text in answers]
     said, given = one_line(prediction), [one_line(answer) for answer in answers]
     if len(set(given)) == 1:
         return said, given
-    return normalise(said), [without_punctuation(answer) for answer in given]
+    return normalise(said), [normalise(answer) for answer in given]
 
 
 def answer_type(answer: str) -> str:
