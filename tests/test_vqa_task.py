@@ -45,13 +45,13 @@ def test_accuracies_by_hand() -> None:
 def test_dictionary_forms_agree_when_asked_to() -> None:
     class Plural(Answerer):
         def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:
-            return ["dogs"] * len(samples["image"])
+            return ["dogs."] * len(samples["image"])
 
     class Dogs(Questions):
         def answers(self, row: int) -> list[str]:
             return ["dog"] * 10
 
-    for lemmatize, expected in ((False, 0.0), (True, 1.0)):
+    for lemmatize, expected in ((False, 0.0), (True, 1.0), ("prediction", 1.0)):
         assert evaluate(Dogs(4), Plural(), lemmatize=lemmatize).metrics["accuracy"] == expected
 
 

@@ -8,8 +8,9 @@ from lavis_lite.common.errors import ConfigError
 def lemmatise(answer: str) -> str:
     """Each word in lower case by its dictionary form: "Riding horses" -> "ride horse".
 
-    A word's form doesn't depend on its neighbours, and rare ones may come out wrong, so both sides of a comparison
-    have to go through it.
+    Words are what blanks separate, so punctuation has to be gone already. Those with an apostrophe stay as they are:
+    the dictionary takes "don't" for "do". A word's form doesn't depend on its neighbours, and rare ones may come out
+    wrong.
 
     Raises ConfigError without simplemma.
     """
@@ -19,4 +20,4 @@ def lemmatise(answer: str) -> str:
         raise ConfigError(
             "task.lemmatize needs simplemma: pip install 'lavis-lite[eval]', or leave task.lemmatize out"
         ) from error
-    return " ".join(lemmatize(word, lang="en") for word in answer.lower().split())
+    return " ".join(word if "'" in word else lemmatize(word, lang="en") for word in answer.lower().split())

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
+from lavis_lite.metrics.lemmas import lemmatise
 from lavis_lite.metrics.vqa_text import normalise, one_line, without_punctuation
 
 # See `accuracy`.
 Truths = Literal["normalised", "official", "official_later"]
+Lemmas: TypeAlias = bool | Literal["prediction"]
 VOICES = 3  # so many people must agree with an answer for it to be right
 
 
-def accuracy(prediction: str, answers: Sequence[str], *, truths: Truths = "normalised") -> float:
+def accuracy(
+    prediction: str, answers: Sequence[str], *, truths: Truths = "normalised", lemmatize: Lemmas = False
+) -> float:
     """How right an answer is, from 0 to 1, given the answers people gave to the question.
 
     Of n answers each in turn is left out, the prediction scores min(k / 3, 1) for the k of the others that agree with
@@ -26,12 +30,18 @@ def accuracy(prediction: str, answers: Sequence[str], *, truths: Truths = "norma
             are the same, so that "none" and "Two" never equal a prediction, which becomes "0" and "2".
             "official_later": what that script does since: where people's answers differ both sides are normalised,
             where all are the same neither is. A single answer is always normalised.
+        lemmatize: compare dictionary forms of what `truths` leaves: of both sides, or of the prediction alone, where
+            people's answers are such forms already, as OK-VQA's.
 
-    Raises ValueError without an answer.
+    Raises ValueError without an answer, ConfigError for `lemmatize` without simplemma.
     """
     if not answers:
         raise ValueError("a question without answers has no accuracy")
     said, given = _compared(prediction, answers, truths)
+    if lemmatize:
+        said = lemmatise(said)
+    if lemmatize is True:
+        given = [lemmatise(answer) for answer in given]
     agreeing = [said == answer for answer in given]
     if len(given) == 1:
         return float(agreeing[0])

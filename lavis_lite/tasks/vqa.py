@@ -12,7 +12,7 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.metrics.lemmas import lemmatise
-from lavis_lite.metrics.vqa import Truths, accuracy, means_by
+from lavis_lite.metrics.vqa import Lemmas, Truths, accuracy, means_by
 from lavis_lite.tasks.answers import (
     Answered,
     Answering,
@@ -70,7 +70,8 @@ class VqaTask(BaseTask):
         line. num_ans_candidates: of the list, so many with the likeliest first token are scored whole.
     num_beams, max_len, min_len, length_penalty: of generated answers, in new tokens.
     truths: what is done to people's answers before they are compared: see `metrics.vqa.accuracy`.
-    lemmatize: compare words by their dictionary forms ("dogs" and "dog" agree); the files keep what was said.
+    lemmatize: compare words by their dictionary forms ("dogs" and "dog" agree), of both sides, or of the `prediction`
+        alone where people's are such already; the files keep what was said.
     questions_in_training: so many questions, evenly drawn, are asked in mid-training; null for all.
     num_examples: questions that the report shows with picture, answer and truth.
     loss_batch_size, loss_batches, seed: see `BaseTask`.
@@ -91,7 +92,7 @@ class VqaTask(BaseTask):
         min_len: int = 1,
         length_penalty: float = -1.0,
         truths: Truths = "normalised",
-        lemmatize: bool = False,
+        lemmatize: Lemmas = False,
         questions_in_training: int | None = None,
         num_examples: int = 12,
         loss_batch_size: int = 64,
@@ -123,8 +124,9 @@ class VqaTask(BaseTask):
             num_beams, inference_method, max_len, min_len, num_ans_candidates, answers, prompt, length_penalty
         )
         self.truths = truths
-        self.compared = lemmatise if lemmatize else str
-        self.compared("")  # a library that is missing is better told now than after hours
+        self.lemmatize = lemmatize
+        if lemmatize:
+            lemmatise("")  # a library that is missing is better told now than after hours
         self.questions_in_training = questions_in_training
         self.num_examples = num_examples
 
@@ -180,9 +182,8 @@ class VqaTask(BaseTask):
         if without:
             logger.info("%d of %d questions have no known answers: nothing is scored", without, len(rows))
             return None
-        word = self.compared
         return [
-            accuracy(word(item.prediction), [word(answer) for answer in item.answers], truths=self.truths)
+            accuracy(item.prediction, item.answers, truths=self.truths, lemmatize=self.lemmatize)
             for item in rows
         ]
 
