@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import torch
 from rich.progress import track
@@ -21,10 +21,11 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
 from lavis_lite.processors.video import SUFFIXES as CLIP_SUFFIXES
 from lavis_lite.processors.video import UnreadableClip, VideoProcessor
-from lavis_lite.tasks.answers import read_answer_list
+from lavis_lite.tasks.answers import answers_of, read_answer_list
 
 # A model and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
-Say = Callable[[Any, dict[str, torch.Tensor]], list[list[dict[str, str]]]]
+Row: TypeAlias = dict[str, Any]
+Say = Callable[[Any, dict[str, torch.Tensor]], list[list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def generate_files(
     """
     prompted = {} if prompt is None else {"prompt": prompt}
 
-    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[dict[str, str]]]:
+    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
         said, number = built.generate({**shown, **prompted}, **settings), _count(shown)
         each = len(said) // number
         return [[{"text": text} for text in said[i * each : (i + 1) * each]] for i in range(number)]
@@ -72,12 +73,14 @@ def answer_files(
     place: Place,
     *,
     answer_list: str | None = None,
+    confidence: bool = False,
     **settings: Any,
 ) -> int:
     """Write {"image", "question", "answer"} for every question about every picture; else as `generate_files`.
 
     Args:
         answer_list: a file with the answers to choose from, see `read_answer_list`; without one they are generated.
+        confidence: write p(answer) by the language model beside each answer.
         settings: of the model's `predict_answers`.
     """
     if answer_list is not None:
@@ -86,12 +89,13 @@ def answer_files(
             "answer_list": read_answer_list(answer_list, where="--answer-list"),
         }
 
-    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[dict[str, str]]]:
-        rows: list[list[dict[str, str]]] = [[] for _ in range(_count(shown))]
+    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
+        rows: list[list[Row]] = [[] for _ in range(_count(shown))]
         for question in questions:
-            answers = built.predict_answers({**shown, "text_input": question}, **settings)
-            for own, answer in zip(rows, answers, strict=True):
-                own.append({"question": question, "answer": answer})
+            samples = {**shown, "text_input": question}
+            for own, said in zip(rows, answers_of(built, samples, settings, confidence), strict=True):
+                told = {"confidence": said.confidence} if confidence else {}
+                own.append({"question": question, "answer": said.text, **told})
         return rows
 
     return _write_lines(model, images, place, say, needs="predict_answers")
@@ -163,7 +167,7 @@ def _files(images: Sequence[str], medium: Medium) -> Iterator[Path]:
 
 def _rows(
     model: Any, key: str, reader: Callable[[Path], torch.Tensor], paths: Sequence[Path], say: Say
-) -> Iterator[dict[str, str]]:
+) -> Iterator[Row]:
     """One batch's rows, in order; the readable files go through the model together."""
     read: dict[Path, torch.Tensor] = {}
     errors: dict[Path, str] = {}
@@ -172,7 +176,7 @@ def _rows(
             read[path] = reader(path)
         except (UnreadableSample, UnreadableClip) as error:
             errors[path] = error.reason
-    said: dict[Path, list[dict[str, str]]] = {}
+    said: dict[Path, list[Row]] = {}
     if read:
         shown = {key: torch.stack(list(read.values())).to(model.device)}
         said = dict(zip(read, say(model, shown), strict=True))

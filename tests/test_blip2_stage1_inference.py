@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip2_qformer import Blip2QFormer
-from lavis_lite.models.decoding import DecodingRules, beam_search, sample
+from lavis_lite.models.decoding import DecodingRules, Search, beam_search, decode, sample
 from lavis_lite.models.qformer_decoder import QFormerDecoder
 from lavis_lite.models.tokenizer import TextTokens
 
@@ -137,8 +137,35 @@ def test_wide_beam_search_finds_the_best_of_all_texts(seed: int, length_penalty:
     found = beam_search(
         Markov(beams, vocabulary, seed), torch.zeros(1, dtype=torch.long), rules, num_beams=beams, keep=2
     )
-    for row, said in zip(found.ids[0].tolist(), best, strict=True):
+    for place, (row, said) in enumerate(zip(found.ids[0].tolist(), best, strict=True)):
         assert row == [*said, *[end] * (len(row) - len(said))]
+        plain = scores[said] * len(said) ** length_penalty
+        assert float(found.log_likelihoods[0, place]) == pytest.approx(plain, abs=1e-4)
+
+
+RULES: dict[str, Any] = {
+    "min_length": 2,
+    "repetition_penalty": 3.0,
+    "forbidden_ids": (1,),
+    "length_penalty": -1.0,
+}
+
+
+@pytest.mark.parametrize("search", [Search(3, 2), Search(1), Search(1, 2, nucleus=True)])
+@pytest.mark.parametrize("rules", [{}, RULES])
+def test_log_likelihoods_are_the_decoders_own(search: Search, rules: dict[str, Any]) -> None:
+    """Whatever the search is told to avoid, and however it ranks, of every text that it returns."""
+    torch.manual_seed(0)
+    end, temperature = 3, 2.0 if search.nucleus else 1.0
+    limits = DecodingRules(end_id=end, max_length=5, temperature=temperature, **rules)
+    found = decode(Markov(2 * search.rows, 6, 1), torch.tensor([0, 2]), limits, search)
+    table = Markov(1, 6, 1).table.log_softmax(-1)
+    for row, start in enumerate((0, 2)):
+        for place, ids in enumerate(found.ids[row].tolist()):
+            said = ids[: ids.index(end) + 1] if end in ids else ids
+            before = (start, *said)
+            plain = sum(float(table[i, before[i], now]) for i, now in enumerate(said))
+            assert float(found.log_likelihoods[row, place]) == pytest.approx(plain, abs=1e-4)
 
 
 def test_decoding_rules() -> None:

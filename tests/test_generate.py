@@ -12,6 +12,7 @@ from clip_helpers import save_clip
 from data_helpers import save_picture
 from PIL import Image
 from torch import Tensor, nn
+from vqa_world import Found
 
 from lavis_lite import generate
 from lavis_lite.cli import main
@@ -34,6 +35,10 @@ class Echo(nn.Module):
         names = ("inference_method", "answer_list", "prompt", "max_len", "length_penalty")
         told = [settings[name] for name in names if settings.get(name)]
         return [f"{samples['text_input']} {row} {told}" for row in range(len(samples["image"]))]
+
+    def predict_answers_with_scores(self, samples: dict[str, Any], **settings: Any) -> Found:
+        texts = self.predict_answers(samples, **settings)
+        return Found(texts, [1 / (2 + row) for row in range(len(texts))])
 
 
 @pytest.fixture
@@ -121,6 +126,11 @@ def test_every_question_is_asked_of_every_picture(
     main([*command, "--answer-list", str(tmp_path / "answers.txt")])
     ranked = json.loads(capsys.readouterr().out.splitlines()[0])["answer"]
     assert ranked == "what? 0 ['rank', ['two', 'three'], 10, -1.0]"
+    main([*command, "--confidence"])
+    assert [json.loads(line)["confidence"] for line in capsys.readouterr().out.splitlines()] == [
+        *(1 / 2, 1 / 2),
+        *(1 / 3, 1 / 3),
+    ]
 
 
 @pytest.mark.parametrize(

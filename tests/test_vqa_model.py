@@ -273,6 +273,27 @@ def test_generated_answers_follow_the_prompt(model: Blip2Generative) -> None:
     assert said == model.predict_answers(samples, num_beams=3, max_len=4, prompt=PROMPT)
     other = model.predict_answers_with_scores(samples, num_beams=3, max_len=4, prompt="{}")
     assert other.scores.shape == (4,)
+
+
+@torch.no_grad()
+def test_confidence_is_the_answers_probability_however_it_was_found(model: Blip2Generative) -> None:
+    samples = question_samples()
+    ranked = model.predict_answers_with_scores(samples, inference_method="rank", answer_list=CANDIDATES)
+    assert torch.equal(ranked.scores, ranked.log_likelihoods)
+    # One beam is greedy, which no penalty changes.
+    found, other = (
+        model.predict_answers_with_scores(samples, num_beams=1, max_len=4, length_penalty=penalty)
+        for penalty in (-1.0, 1.0)
+    )
+    assert found.texts == other.texts and found.confidences == other.confidences
+    for answers in (ranked, found):
+        assert answers.confidences == pytest.approx(answers.log_likelihoods.exp().tolist())
+        assert all(0 < confidence < 1 for confidence in answers.confidences)
+
+
+@torch.no_grad()
+def test_generated_answers_to_one_question_and_in_turns(model: Blip2Generative) -> None:
+    samples = question_samples()
     shared = {"image": samples["image"], "text_input": QUESTIONS[0]}
     assert len(model.predict_answers(shared, num_beams=1)) == 4
     answer, history = model.chat(samples["image"][0], [], "what is it", max_new_tokens=4)

@@ -96,6 +96,26 @@ def test_answers_are_on_the_disk_before_anything_is_scored(
     ]
 
 
+def test_confidence_is_told_when_asked_for(tmp_path: Path) -> None:
+    task = VqaTask(confidence=True, loss_batch_size=4)
+    args = EvalArgs(batch_size=5, max_bad_fraction=0.5, folder=tmp_path, label="val")
+    evaluation = task.evaluate(Answerer(), Questions(8, unreadable=(3,)), loader_args=args)
+    rows = json.loads((tmp_path / "predictions_val.json").read_text())
+    assert [row["confidence"] for row in rows] == [1 / (2 + n) for n in (0, 1, 2, 4, 5, 6, 7)]
+    results = json.loads((tmp_path / "results_val.json").read_text())
+    assert set(results[0]) == {"question_id", "answer"}, "the server takes nothing else"
+    page = "".join(task.report_sections(evaluation))
+    assert "confidence 0.50" in page and "Confidence is how likely" in page
+    assert "onfidence" not in "".join(VqaTask().report_sections(evaluate(Questions(4))))
+
+    class Lavis(torch.nn.Module):
+        def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:
+            return ["yes"] * len(samples["image"])
+
+    with pytest.raises(ConfigError, match="confidence: model Lavis doesn't tell how likely"):
+        task.evaluate(Lavis(), Questions(4, answered=False), loader_args=EvalArgs())
+
+
 def test_questions_without_answers_are_answered_and_not_scored(tmp_path: Path) -> None:
     args = EvalArgs(batch_size=5, folder=tmp_path, label="test")
     task = VqaTask()

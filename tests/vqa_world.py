@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class Questions(Pictures):
         return Record(f"{index}.jpg", [], self.ids[index], None, None, asked)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the task and the command line read of a model's `Generated`."""
+
+    texts: list[str]
+    confidences: list[float]
+
+
 class Answerer(nn.Module):
     """Says yes, 2 and <blue> by turns: right, a little right, and wrong with what needs escaping."""
 
@@ -71,6 +80,10 @@ class Answerer(nn.Module):
         assert samples["text_input"] == [f"question {number}?" for number in numbers]
         self.calls.append({**settings, "rows": numbers})
         return [("Yes.", "2", "<b>blue</b>")[number % 3] for number in numbers]
+
+    def predict_answers_with_scores(self, samples: Mapping[str, Any], **settings: Any) -> Found:
+        texts = self.predict_answers(samples, **settings)
+        return Found(texts, [1 / (2 + number) for number in self.calls[-1]["rows"]])
 
 
 def measure(root: Path) -> list[Any]:

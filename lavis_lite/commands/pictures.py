@@ -57,6 +57,11 @@ def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite an
     parser.add_argument("--max-new-tokens", type=int, default=10, metavar="N", dest="max_len")
     parser.add_argument("--min-length", type=int, default=1, metavar="N", dest="min_len")
     parser.add_argument("--length-penalty", type=float, default=-1.0, metavar="P")
+    parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help="tell how likely the language model finds each answer, 0 to 1",
+    )
     arguments = vars(parser.parse_args(argv))
     with one_line_errors(debug=arguments.pop("debug")):
         from lavis_lite.generate import answer_files

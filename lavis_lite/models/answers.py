@@ -29,10 +29,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Generated:
-    """texts: B * num_captions, an image's together, best first. scores: float[B * num_captions], see `Decoded`."""
+    """texts: B * num_captions, an image's together, best first. scores, log_likelihoods: float[B * num_captions], see
+    `Decoded`."""
 
     texts: list[str]
     scores: Tensor
+    log_likelihoods: Tensor
+
+    @property
+    def confidences(self) -> list[float]:
+        """p(text), from 0 to 1; unlike scores comparable between texts of any length."""
+        return [float(value) for value in self.log_likelihoods.double().exp().tolist()]
 
 
 def fill(template: str, question: str) -> str:
@@ -161,7 +168,10 @@ class QuestionAnswering(ABC):
         prompt: str = "",
         length_penalty: float = -1.0,
     ) -> Generated:
-        """`predict_answers` with each answer's score: as of `generate_with_scores`, or ranked, log p(answer)."""
+        """`predict_answers` with each answer's log p, generated or ranked, and `confidences`, which are p.
+
+        scores: what answers were ranked by, not comparable between images: as of `generate_with_scores`, or log p.
+        """
         if inference_method not in ("generate", "rank"):
             raise InputError(f"inference_method '{inference_method}' is neither generate nor rank")
         if inference_method == "rank":
@@ -170,7 +180,7 @@ class QuestionAnswering(ABC):
                 samples, answers, prompt=prompt, num_ans_candidates=num_ans_candidates
             )
             best = ranked.max(1)
-            return Generated([answers[place] for place in best.indices.tolist()], best.values)
+            return Generated([answers[place] for place in best.indices.tolist()], best.values, best.values)
         asked = questions_in(samples, template=prompt, own=self.prompt)
         search = Search(num_beams)
         rules = DecodingRules.for_search(

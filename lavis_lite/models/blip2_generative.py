@@ -291,7 +291,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         draws: Tensor | None = None,
     ) -> Generated:
         """`generate` with each text's score: log-probability / length ** length_penalty of a beam, the mean
-        log-probability of a token otherwise."""
+        log-probability of a token otherwise; and with its plain log p."""
         asked = asked_of(samples, template=self.prompt)
         search = Search(num_beams, num_captions, use_nucleus_sampling, draws)
         rules = DecodingRules.for_search(
@@ -345,7 +345,7 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
             decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
             decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
-        return Generated(texts, decoded.scores.flatten())
+        return Generated(texts, decoded.scores.flatten(), decoded.log_likelihoods.flatten())
 
 
 def _check_question_keys(keywords: Mapping[str, Any], where: str) -> None:

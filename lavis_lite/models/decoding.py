@@ -7,7 +7,7 @@ what is decoded for an input doesn't depend on what else is in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,12 +48,15 @@ class Beginning(Decoder, Protocol):
 class Decoded:
     """What was said.
 
-    ids: int64[B, K, L], the end token at and after the end; best first. scores: float[B, K]: of beams
-    log-probability / length ** length_penalty, otherwise log-probability / length, the end counted.
+    ids: int64[B, K, L], the end token at and after the end; best first. scores: float[B, K], what texts are ranked by:
+    of beams log-probability / length ** length_penalty, otherwise log-probability / length, the end counted, under the
+    rules. log_likelihoods: float[B, K], log p(text) as the decoder has it, whatever the rules and the length: of a text
+    that ended with its end, of one that was cut off without.
     """
 
     ids: Tensor
     scores: Tensor
+    log_likelihoods: Tensor
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,15 @@ class DecodingRules:
             **others,
         )
 
+    def apply_at(self, place: int) -> bool:
+        """Whether they change what may come at that place of a text, 0 its first."""
+        return (
+            place < self.min_length
+            or bool(self.forbidden_ids)
+            or self.temperature != 1.0
+            or (self.repetition_penalty != 1.0 and place > 0)
+        )
+
     def log_probs(self, logits: Tensor, said: Tensor) -> Tensor:
         """Log-probabilities [R, V] of the next token under the rules, after the tokens said int64[R, L]."""
         logits = logits.float()
@@ -159,7 +171,17 @@ def decode(decoder: Decoder, start: Tensor, rules: DecodingRules, search: Search
     else:
         return beam_search(decoder, start, rules, num_beams=search.num_beams, keep=search.keep)
     shape = (len(start), search.keep)
-    return Decoded(decoded.ids.reshape(*shape, -1), decoded.scores.reshape(shape))
+    return Decoded(
+        decoded.ids.reshape(*shape, -1),
+        decoded.scores.reshape(shape),
+        decoded.log_likelihoods.reshape(shape),
+    )
+
+
+def _next_log_probs(rules: DecodingRules, logits: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [R, V] of the next token under the rules, and without them."""
+    ruled = rules.log_probs(logits, said)
+    return ruled, logits.float().log_softmax(-1) if rules.apply_at(said.shape[1]) else ruled
 
 
 def sample(
@@ -181,18 +203,20 @@ def sample(
     ids, said = start, start.new_empty(start.shape[0], 0)
     ended = torch.zeros_like(start, dtype=torch.bool)
     total, length = torch.zeros(start.shape, device=start.device), torch.zeros_like(start)
+    likelihood = total
     for place in range(rules.max_length):
-        log_probs = rules.log_probs(decoder.step(ids), said)
+        log_probs, plain = _next_log_probs(rules, decoder.step(ids), said)
         chance = None if draws is None else draws[:, place].to(log_probs.device)
         ids = log_probs.argmax(-1) if greedy else draw_from_nucleus(log_probs.exp(), rules.top_p, chance)
         ids = ids.masked_fill(ended, rules.end_id)
         total = total + log_probs.gather(1, ids[:, None]).squeeze(1).masked_fill(ended, 0.0)
+        likelihood = likelihood + plain.gather(1, ids[:, None]).squeeze(1).masked_fill(ended, 0.0)
         length = length + (~ended).long()
         said = torch.cat([said, ids[:, None]], 1)
         ended = ended | (ids == rules.end_id)
         if bool(ended.all()):
             break
-    return Decoded(said[:, None], (total / length)[:, None])
+    return Decoded(said[:, None], (total / length)[:, None], likelihood[:, None])
 
 
 def draw_from_nucleus(probs: Tensor, top_p: float, chance: Tensor | None = None) -> Tensor:
@@ -234,43 +258,61 @@ def beam_search(
     scores = torch.full((batch, num_beams), NEVER, device=start.device)
     scores[:, 0] = 0.0
     said = start.new_full((batch, num_beams, rules.max_length), end)
-    ended_said, ended_scores = said.clone(), torch.full_like(scores, NEVER)
+    running = _Beams(scores, torch.zeros_like(scores), said)
+    ended = running._replace(scores=torch.full_like(scores, NEVER))
     done = torch.zeros(batch, dtype=torch.bool, device=start.device)
     for length in range(1, rules.max_length + 1):
-        log_probs = rules.log_probs(decoder.step(ids), said.flatten(0, 1)[:, : length - 1])
+        log_probs, plain = _next_log_probs(
+            rules, decoder.step(ids), running.said.flatten(0, 1)[:, : length - 1]
+        )
         # At most one of a beam's continuations is the end, so the best 2K of an input leave at least K that run on;
         # they are among the best 2K of each of its beams.
         each, tokens = log_probs.topk(min(2 * num_beams, log_probs.shape[1]), dim=1)
-        totals = scores[..., None] + each.unflatten(0, (batch, num_beams))
+        totals = running.scores[..., None] + each.unflatten(0, (batch, num_beams))
         best, flat = totals.flatten(1).topk(min(2 * num_beams, totals[0].numel()), dim=1)
         beam, token = flat // each.shape[1], tokens.reshape(batch, -1).gather(1, flat)
-        longer = said.gather(1, beam[..., None].expand(-1, -1, rules.max_length)).clone()
+        likelihoods = running.likelihoods[..., None] + plain.gather(1, tokens).unflatten(
+            0, (batch, num_beams)
+        )
+        longer = running.said.gather(1, beam[..., None].expand(-1, -1, rules.max_length)).clone()
         longer[:, :, length - 1] = token
+        found = _Beams(best, likelihoods.flatten(1).gather(1, flat), longer)
 
         is_end = token == end
         final = best / length**rules.length_penalty
         # Only an end among the K best counts: one further down would not have survived this step.
         among_best = torch.arange(best.shape[1], device=best.device) < num_beams
         newly = final.masked_fill(~(is_end & among_best) | done[:, None], NEVER)
-        ended_scores, ended_said = _best_of(ended_scores, ended_said, newly, longer)
+        ended = ended.joined(found._replace(scores=newly)).best(num_beams)[0]
 
-        scores, place = best.masked_fill(is_end, NEVER).topk(num_beams, dim=1)
-        said = longer.gather(1, place[..., None].expand(-1, -1, rules.max_length))
-        reachable = scores[:, 0] / length**rules.length_penalty
-        done = done | (ended_scores[:, -1] >= reachable)
+        running, place = found._replace(scores=best.masked_fill(is_end, NEVER)).best(num_beams)
+        reachable = running.scores[:, 0] / length**rules.length_penalty
+        done = done | (ended.scores[:, -1] >= reachable)
         if bool(done.all()) or length == rules.max_length:
             break
         rows = beam.gather(1, place) + torch.arange(batch, device=start.device)[:, None] * num_beams
         decoder.reorder(rows.flatten())
-        ids = said[:, :, length - 1].flatten()
+        ids = running.said[:, :, length - 1].flatten()
     # What was still running at the limit counts as it stands.
-    running = (scores / length**rules.length_penalty).masked_fill(done[:, None], NEVER)
-    ended_scores, ended_said = _best_of(ended_scores, ended_said, running, said)
-    return Decoded(ended_said[:, :keep, :length], ended_scores[:, :keep])
+    final = (running.scores / length**rules.length_penalty).masked_fill(done[:, None], NEVER)
+    ended = ended.joined(running._replace(scores=final)).best(num_beams)[0]
+    return Decoded(ended.said[:, :keep, :length], ended.scores[:, :keep], ended.likelihoods[:, :keep])
 
 
-def _best_of(scores: Tensor, said: Tensor, more_scores: Tensor, more_said: Tensor) -> tuple[Tensor, Tensor]:
-    """The best `scores.shape[1]` of both lists for every input."""
-    scores_all, said_all = torch.cat([scores, more_scores], 1), torch.cat([said, more_said], 1)
-    best, place = scores_all.topk(scores.shape[1], dim=1)
-    return best, said_all.gather(1, place[..., None].expand(-1, -1, said.shape[2]))
+class _Beams(NamedTuple):
+    """N texts for each of B inputs. scores: float[B, N], what they are ranked by. likelihoods: float[B, N], their log p
+    without the rules. said: int64[B, N, L]."""
+
+    scores: Tensor
+    likelihoods: Tensor
+    said: Tensor
+
+    def joined(self, others: _Beams) -> _Beams:
+        """The texts of both, input by input."""
+        return _Beams(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
+
+    def best(self, number: int) -> tuple[_Beams, Tensor]:
+        """The `number` best of every input, best first, and their places int64[B, number]."""
+        scores, place = self.scores.topk(number, dim=1)
+        whole = place[..., None].expand(-1, -1, self.said.shape[2])
+        return _Beams(scores, self.likelihoods.gather(1, place), self.said.gather(1, whole)), place

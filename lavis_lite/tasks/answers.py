@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from lavis_lite.common.errors import DataError
+from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.metrics.vqa import answer_type
 from lavis_lite.tasks.predictions import predict_rows, write_list
@@ -60,7 +60,8 @@ class Answered:
     """A question's answer beside those people gave, as they stand in its file.
 
     row: of the dataset. question_id: as its file has it. answers: none where it tells none. answer_type,
-    question_type: the file's, else the first by its most frequent answer and the second None.
+    question_type: the file's, else the first by its most frequent answer and the second None. confidence:
+    p(prediction), where it was asked for.
     """
 
     row: int
@@ -71,6 +72,32 @@ class Answered:
     answers: list[str]
     answer_type: str | None
     question_type: str | None
+    confidence: float | None = None
+
+
+class Said(NamedTuple):
+    """An answer, and how likely the model finds it, p(text), where that was asked for."""
+
+    text: str
+    confidence: float | None
+
+
+def answers_of(
+    model: Any, samples: Mapping[str, Any], settings: Mapping[str, Any], confidence: bool
+) -> list[Said]:
+    """A model's answer to each question of a batch.
+
+    Args:
+        model: an `AnsweringModel`. settings: of its `predict_answers`.
+
+    Raises ConfigError for `confidence` of a model without `predict_answers_with_scores`.
+    """
+    if not confidence:
+        return [Said(text, None) for text in model.predict_answers(samples, **settings)]
+    if not hasattr(model, "predict_answers_with_scores"):
+        raise ConfigError(f"confidence: model {type(model).__name__} doesn't tell how likely its answers are")
+    found = model.predict_answers_with_scores(samples, **settings)
+    return [Said(*pair) for pair in zip(found.texts, found.confidences, strict=True)]
 
 
 def ask_questions(
@@ -80,21 +107,26 @@ def ask_questions(
     answering: Answering,
     loader_args: Any,
     so_far: SoFar,
+    *,
+    confidence: bool = False,
 ) -> list[Answered]:
-    """Answers to the rows whose picture can be read, in their order; the same on every rank."""
+    """Answers to the rows whose picture can be read, in their order; the same on every rank.
+
+    Raises ConfigError as `answers_of`.
+    """
     settings = {name: getattr(answering, name) for name in Answering.__dataclass_fields__}
 
-    def say(visual: Mapping[str, Tensor], batch: Mapping[str, Any]) -> list[str]:
-        return model.predict_answers({**visual, "text_input": batch["text_input"]}, **settings)
+    def say(visual: Mapping[str, Tensor], batch: Mapping[str, Any]) -> list[Said]:
+        return answers_of(model, {**visual, "text_input": batch["text_input"]}, settings, confidence)
 
-    def keep(texts: Sequence[tuple[int, str]]) -> None:
-        so_far.add(_prediction(_answered(dataset, row, text)) for row, text in texts)
+    def keep(answers: Sequence[tuple[int, Said]]) -> None:
+        so_far.add(_prediction(_answered(dataset, row, said)) for row, said in answers)
 
     predictions = predict_rows(dataset, rows, loader_args, say, keep)
-    return [_answered(dataset, row, text) for row, text in predictions.items()]
+    return [_answered(dataset, row, said) for row, said in predictions.items()]
 
 
-def _answered(dataset: Any, row: int, prediction: str) -> Answered:
+def _answered(dataset: Any, row: int, said: Said) -> Answered:
     record = dataset.record(row)
     asked = record.question
     kind = asked.answer_type
@@ -106,20 +138,22 @@ def _answered(dataset: Any, row: int, prediction: str) -> Answered:
         json.loads(asked.id),
         record.image,
         asked.text,
-        prediction,
+        said.text,
         asked.answers,
         kind,
         asked.question_type,
+        said.confidence,
     )
 
 
 def write_predictions(path: Path, rows: Sequence[Answered]) -> None:
-    """Write what was asked, answered and true, one object a question."""
+    """Write what was asked, answered and true, one object a question, with the answer's confidence where known."""
     write_list(path, [_prediction(item) for item in rows])
 
 
 def _prediction(item: Answered) -> dict[str, Any]:
-    return {key: value for key, value in asdict(item).items() if key != "row"}
+    left_out = {"row"} if item.confidence is not None else {"row", "confidence"}
+    return {key: value for key, value in asdict(item).items() if key not in left_out}
 
 
 def write_results(path: Path, rows: Sequence[Answered], dataset: Any, asked: Sequence[int]) -> None:

@@ -28,16 +28,17 @@ def predict_rows(
     dataset: Any,
     rows: Sequence[int],
     loader_args: Any,
-    say: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Sequence[str]],
-    keep: Callable[[Sequence[tuple[int, str]]], None],
-) -> dict[int, str]:
-    """A text for each row whose picture can be read, in the rows' order; the same on every rank.
+    say: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Sequence[T]],
+    keep: Callable[[Sequence[tuple[int, T]]], None],
+) -> dict[int, T]:
+    """What is said of each row whose picture can be read, in the rows' order; the same on every rank.
 
     The rows are shared out over the ranks.
 
     Args:
-        loader_args: `EvalArgs`. say: one text a row, given {"image": float[B, 3, H, W]} or {"video":
-            float[B, F, 3, H, W]} on the device, and the batch. keep: is given the rows and texts of each batch at once.
+        loader_args: `EvalArgs`. say: one text, or something with one, a row, given {"image": float[B, 3, H, W]} or
+            {"video": float[B, F, 3, H, W]} on the device, and the batch. keep: is given the rows and what was said of
+            them, each batch at once.
     """
     loader = eval_loader(
         ChosenRows(dataset, rows, seed=0),
@@ -47,7 +48,7 @@ def predict_rows(
         world_size=dist.world_size(),
         max_bad_fraction=loader_args.max_bad_fraction,
     )
-    mine: list[tuple[int, str]] = []
+    mine: list[tuple[int, T]] = []
     for batch in loader:
         key = visual_key(batch)
         visual = {key: batch[key].to(loader_args.device, non_blocking=True)}

@@ -72,6 +72,7 @@ class VqaTask(BaseTask):
     truths: what is done to people's answers before they are compared: see `metrics.vqa.accuracy`.
     lemmatize: compare words by their dictionary forms ("dogs" and "dog" agree), of both sides, or of the `prediction`
         alone where people's are such already; the files keep what was said.
+    confidence: tell p(answer) by the language model, from 0 to 1, in predictions_<split>.json and the report.
     questions_in_training: so many questions, evenly drawn, are asked in mid-training; null for all.
     num_examples: questions that the report shows with picture, answer and truth.
     loss_batch_size, loss_batches, seed: see `BaseTask`.
@@ -93,6 +94,7 @@ class VqaTask(BaseTask):
         length_penalty: float = -1.0,
         truths: Truths = "normalised",
         lemmatize: Lemmas = False,
+        confidence: bool = False,
         questions_in_training: int | None = None,
         num_examples: int = 12,
         loss_batch_size: int = 64,
@@ -127,6 +129,7 @@ class VqaTask(BaseTask):
         self.lemmatize = lemmatize
         if lemmatize:
             lemmatise("")  # a library that is missing is better told now than after hours
+        self.confidence = confidence
         self.questions_in_training = questions_in_training
         self.num_examples = num_examples
 
@@ -147,7 +150,9 @@ class VqaTask(BaseTask):
         path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
         with keeping_predictions(loader_args) as so_far:
             with evaluating(model):
-                rows = ask_questions(model, dataset, chosen, self.answering, loader_args, so_far)
+                rows = ask_questions(
+                    model, dataset, chosen, self.answering, loader_args, so_far, confidence=self.confidence
+                )
             if rows and dist.is_main() and loader_args.folder is not None and path is not None:
                 write_predictions(path, rows)
                 results = loader_args.folder / f"results_{loader_args.label}.json"

@@ -116,6 +116,8 @@ def scores_section(metrics: Mapping[str, float], types: Sequence[TypeScore]) -> 
 def examples_sections(examples: AnswerExamples) -> list[str]:
     """Pictures with the question, the model's answer in bold, its accuracy, and what people said."""
     note = "The question, the model's answer, and people's. Drawn at even distances through the split."
+    if any(example.item.confidence is not None for example in examples.even):
+        note += " Confidence is how likely the language model finds the answer, from 0 to 1."
     result = [section("Questions and answers", cards(map(_card, examples.even)), note=note)]
     if examples.wrong:
         note = "Nobody gave these answers. Drawn at even distances through all such questions."
@@ -132,6 +134,8 @@ def _card(example: AnswerExample) -> str:
         for text, count in truths
     )
     told = [] if example.accuracy is None else [f"accuracy {example.accuracy:.2f}"]
+    if item.confidence is not None:
+        told.append(f"confidence {item.confidence:.2f}")
     told += [kind for kind in (item.question_type, item.answer_type) if kind]
     right = example.accuracy is not None and example.accuracy >= 0.5
     said = f"<p>{escape(item.question)}</p><h3>{tick(right)}{escape(item.prediction) or '(nothing)'}</h3>"
