@@ -16,12 +16,14 @@ from rich.progress import track
 from lavis_lite.api import load_model_and_preprocess
 from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.common.logging import console
+from lavis_lite.common.logging import console, get_logger
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
 from lavis_lite.processors.video import SUFFIXES as CLIP_SUFFIXES
 from lavis_lite.processors.video import UnreadableClip, VideoProcessor
 from lavis_lite.tasks.answers import answers_of, read_answer_list
+
+logger = get_logger(__name__)
 
 # A model and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
 Row: TypeAlias = dict[str, Any]
@@ -73,6 +75,7 @@ def answer_files(
     place: Place,
     *,
     answer_list: str | None = None,
+    num_ans_candidates: int = 128,
     confidence: bool = False,
     **settings: Any,
 ) -> int:
@@ -80,14 +83,29 @@ def answer_files(
 
     Args:
         answer_list: a file with the answers to choose from, see `read_answer_list`; without one they are generated.
+        num_ans_candidates: of a list, so many with the likeliest first token are scored whole; of a longer one a line
+            on stderr tells it.
         confidence: write p(answer) by the language model beside each answer.
         settings: of the model's `predict_answers`.
+
+    Raises ConfigError too for num_ans_candidates below 1, DataError for a list that can't be read or is empty.
     """
+    if num_ans_candidates < 1:
+        raise ConfigError(f"--num-ans-candidates must be at least 1, got {num_ans_candidates}")
     if answer_list is not None:
+        answers = read_answer_list(answer_list, where="--answer-list")
         settings |= {
             "inference_method": "rank",
-            "answer_list": read_answer_list(answer_list, where="--answer-list"),
+            "answer_list": answers,
+            "num_ans_candidates": num_ans_candidates,
         }
+        if len(answers) > num_ans_candidates:
+            logger.info(
+                "of %d answers the %d whose first token is likeliest are scored whole, for every picture and question: "
+                "see --num-ans-candidates",
+                len(answers),
+                num_ans_candidates,
+            )
 
     def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
         rows: list[list[Row]] = [[] for _ in range(_count(shown))]

@@ -32,7 +32,14 @@ class Echo(nn.Module):
         ]
 
     def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:
-        names = ("inference_method", "answer_list", "prompt", "max_len", "length_penalty")
+        names = (
+            "inference_method",
+            "answer_list",
+            "num_ans_candidates",
+            "prompt",
+            "max_len",
+            "length_penalty",
+        )
         told = [settings[name] for name in names if settings.get(name)]
         return [f"{samples['text_input']} {row} {told}" for row in range(len(samples["image"]))]
 
@@ -124,8 +131,13 @@ def test_every_question_is_asked_of_every_picture(
     ]
     (tmp_path / "answers.txt").write_text("two\nthree\n")
     main([*command, "--answer-list", str(tmp_path / "answers.txt")])
-    ranked = json.loads(capsys.readouterr().out.splitlines()[0])["answer"]
-    assert ranked == "what? 0 ['rank', ['two', 'three'], 10, -1.0]"
+    told = capsys.readouterr()
+    ranked = json.loads(told.out.splitlines()[0])["answer"]
+    assert ranked == "what? 0 ['rank', ['two', 'three'], 128, 10, -1.0]" and not told.err
+    main([*command, "--answer-list", str(tmp_path / "answers.txt"), "--num-ans-candidates", "1"])
+    told = capsys.readouterr()
+    assert "['rank', ['two', 'three'], 1, 10, -1.0]" in told.out
+    assert told.err.count("\n") == 1 and "of 2 answers the 1 whose first token is likeliest" in told.err
     main([*command, "--confidence"])
     assert [json.loads(line)["confidence"] for line in capsys.readouterr().out.splitlines()] == [
         *(1 / 2, 1 / 2),
@@ -142,6 +154,11 @@ def test_every_question_is_asked_of_every_picture(
             "answer --model a/b --image x.jpg --question q --answer-list nowhere.txt",
             1,
             "--answer-list: can't read nowhere.txt",
+        ),
+        (
+            "answer --model a/b --image x.jpg --question q --num-ans-candidates 0",
+            2,
+            "--num-ans-candidates must be at least 1, got 0",
         ),
         ("answer --model blip2/shapes --image . --question q", 1, "no picture in the folder"),
     ],

@@ -237,6 +237,10 @@ def test_only_the_likeliest_beginnings_are_scored_whole(model: Blip2Generative) 
     kept = few.isfinite()
     assert kept.sum(1).tolist() == [3] * 4
     torch.testing.assert_close(few[kept], whole[kept], rtol=0, atol=1e-4)
+    many = [f"{color} {number}" for color in ("red", "blue", "green") for number in range(50)]
+    assert model.score_answers(samples, many).isfinite().all()
+    blanks = model.score_answers(samples, [f" {answer}\n" for answer in CANDIDATES[:-1]])
+    torch.testing.assert_close(blanks, whole, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -309,6 +313,8 @@ def test_mistakes_are_one_clear_line(model: Blip2Generative) -> None:
         (lambda: model.predict_answers(samples, inference_method="rank"), "needs answer_list"),
         (lambda: model.predict_answers(samples, inference_method="guess"), "neither generate nor rank"),
         (lambda: model.score_answers(samples, ["a"], num_ans_candidates=0), "must be at least 1"),
+        (lambda: model.score_answers(samples, [1]), r"answer_list\[0\] must be a text .*, got 1"),  # type: ignore[list-item]
+        (lambda: model.score_answers(samples, ["a", " "]), r"answer_list\[1\] must be a text .*, got ' '"),
         (lambda: model.generate({"image": image}), "the question is missing"),
         (lambda: model({**samples, "text_output": ["a", "", "b", "c"]}), "has an empty answer"),
         (lambda: model({"image": image, "text_input": QUESTIONS}), r"samples\['text_output'\] must be"),

@@ -11,6 +11,7 @@ from test_report import Page
 from vqa_helpers import PROMPT, question_model
 from vqa_world import Answerer, Questions, measure
 
+from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_dataset_from_preset
 from lavis_lite.tasks import vqa
@@ -63,9 +64,14 @@ def test_every_question_is_asked_once_with_the_tasks_settings(tmp_path: Path) ->
     assert all(call.items() >= told.items() for call in model.calls) and model.training
     (tmp_path / "list.json").write_text('{"yes": 3, "no": 1}')
     (tmp_path / "list.txt").write_text("yes\n\n two \nyes\n")
-    for name, expected in (("list.json", ["yes", "no"]), ("list.txt", ["yes", "two"])):
+    in_yaml = bind(VqaTask, {"answer_list": [" red", "", 2, 3.5, "red "]}, where="task")["answer_list"]
+    for given, expected in (
+        (str(tmp_path / "list.json"), ["yes", "no"]),
+        (str(tmp_path / "list.txt"), ["yes", "two"]),
+        (in_yaml, ["red", "2", "3.5"]),
+    ):
         ranker = Answerer()
-        evaluate(Questions(2), ranker, inference_method="rank", answer_list=str(tmp_path / name))
+        evaluate(Questions(2), ranker, inference_method="rank", answer_list=given)
         assert ranker.calls[0]["answer_list"] == expected and ranker.calls[0]["inference_method"] == "rank"
 
 
@@ -196,6 +202,13 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
         ({"min_len": 3, "max_len": 2}, "min_len from 0 to max_len; got 5, 2 and 3"),
         ({"inference_method": "rank"}, r"task\.answer_list: .* set both or neither"),
         ({"answer_list": ["a"]}, r"task\.answer_list: .* set both or neither"),
+        ({"inference_method": "rank", "answer_list": []}, r"task\.answer_list is empty; name the answers"),
+        ({"inference_method": "rank", "answer_list": ["", " "]}, r"task\.answer_list is empty"),
+        (
+            {"inference_method": "rank", "answer_list": [True, "red"]},
+            'true is a truth value.*write "yes" and',
+        ),
+        ({"inference_method": "rank", "answer_list": ["red", None]}, "a text or a number, got None"),
         ({"num_ans_candidates": 0}, "num_ans_candidates must be at least 1"),
         ({"questions_in_training": 0}, "questions_in_training must be at least 1"),
     ):

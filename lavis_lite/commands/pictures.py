@@ -53,6 +53,13 @@ def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite an
     parser.add_argument(
         "--answer-list", metavar="FILE", help="choose from these, a line each, instead of generating"
     )
+    parser.add_argument(
+        "--num-ans-candidates",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of the list, so many answers with the likeliest first token are scored whole; 128",
+    )
     parser.add_argument("--num-beams", type=int, default=5, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=10, metavar="N", dest="max_len")
     parser.add_argument("--min-length", type=int, default=1, metavar="N", dest="min_len")

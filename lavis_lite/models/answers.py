@@ -82,13 +82,20 @@ def questions_in(samples: Mapping[str, Any], *, template: str, own: str) -> Aske
     return Asked([fill(template, question) for question in questions], questions)
 
 
-def check_list(answer_list: Sequence[str] | None, keep: int) -> list[str]:
-    """The closed list to rank; InputError where there is none or nothing of it would be left."""
+def check_list(answer_list: Sequence[str] | None, keep: int | None) -> list[str]:
+    """The closed list to rank, without blanks at the ends of its answers.
+
+    Raises InputError where there is none, for an answer that is no text or an empty one, which would be likely to win,
+    and where nothing would be left of the list.
+    """
     if isinstance(answer_list, str) or not answer_list:
         raise InputError("inference_method 'rank' needs answer_list, the answers to choose from")
-    if keep < 1:
+    for place, answer in enumerate(answer_list):
+        if not isinstance(answer, str) or not answer.strip():
+            raise InputError(f"answer_list[{place}] must be a text with something in it, got {answer!r}")
+    if keep is not None and keep < 1:
         raise InputError(f"num_ans_candidates must be at least 1, got {keep}")
-    return list(answer_list)
+    return [answer.strip() for answer in answer_list]
 
 
 class QuestionAnswering(ABC):
@@ -140,7 +147,7 @@ class QuestionAnswering(ABC):
                 prefers short answers.
 
         Raises InputError for questions that don't fit the images, a template without a place for them, or "rank"
-        without a list.
+        without a list or with an empty answer in it.
         """
         return self.predict_answers_with_scores(
             samples,
@@ -199,12 +206,13 @@ class QuestionAnswering(ABC):
         answer_list: Sequence[str],
         *,
         prompt: str = "",
-        num_ans_candidates: int = 128,
+        num_ans_candidates: int | None = None,
     ) -> Tensor:
         """log p(answer | image, question) float32[B, A] of A listed answers, each with the token that ends it.
 
         Visual prompt and question are read once an image, whatever the number of answers. Arguments and errors as of
-        `predict_answers`; answers that are no candidates get -inf.
+        `predict_answers`, but for num_ans_candidates: None scores all answers; else those that are no candidates get
+        -inf.
         """
         answers = check_list(answer_list, num_ans_candidates)
         asked = self._wrapped(questions_in(samples, template=prompt, own=self.prompt))
@@ -212,7 +220,8 @@ class QuestionAnswering(ABC):
         ids = self.language_model.answer_ids(asked.prompts, answers, max_length=self.max_txt_len)
         with self.language_model.arithmetic():
             decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=1)
-            return log_likelihoods(decoder, ids, keep=num_ans_candidates, device=visual.device)
+            keep = len(answers) if num_ans_candidates is None else num_ans_candidates
+            return log_likelihoods(decoder, ids, keep=keep, device=visual.device)
 
     def _wrapped(self, asked: Asked) -> Asked:
         """With the language model's prompts in its chat format, where it has one; a Q-Former knows none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -180,7 +180,8 @@ def write_results(path: Path, rows: Sequence[Answered], dataset: Any, asked: Seq
 def read_answer_list(path: str, *, where: str = "task.answer_list") -> list[str]:
     """A closed list from a file: json with a list (or an object, whose keys are taken), else an answer a line.
 
-    where: what names the file, for messages. Raises DataError when it can't be read or holds none.
+    where: what names the file, for messages. Raises DataError when it can't be read or holds none, ConfigError as
+    `clean_answers`.
     """
     file = Path(path).expanduser()
     try:
@@ -188,8 +189,25 @@ def read_answer_list(path: str, *, where: str = "task.answer_list") -> list[str]
         content = json.loads(text) if file.suffix == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: can't read {file}: {error}") from error
-    answers = [str(answer).strip() for answer in content] if isinstance(content, (list, dict)) else []
-    found = list(dict.fromkeys(answer for answer in answers if answer))
+    found = clean_answers(content, where=where) if isinstance(content, (list, dict)) else []
     if not found:
         raise DataError(f"{where}: {file} holds no answers; give a list of texts, or one a line")
     return found
+
+
+def clean_answers(answers: Iterable[object], *, where: str = "task.answer_list") -> list[str]:
+    """A closed list as texts without blanks at their ends, none of them empty, each once; numbers as they are written.
+
+    Raises ConfigError for what is neither text nor number.
+    """
+    texts = []
+    for answer in answers:
+        if isinstance(answer, bool):
+            raise ConfigError(
+                f"{where}: {str(answer).lower()} is a truth value, as YAML reads yes and no; "
+                'write "yes" and "no", in quotes'
+            )
+        if not isinstance(answer, (str, int, float)):
+            raise ConfigError(f"{where}: an answer must be a text or a number, got {answer!r:.60}")
+        texts.append(str(answer).strip())
+    return list(dict.fromkeys(text for text in texts if text))

@@ -17,6 +17,7 @@ from lavis_lite.tasks.answers import (
     Answered,
     Answering,
     ask_questions,
+    clean_answers,
     read_answer_list,
     write_predictions,
     write_results,
@@ -86,7 +87,7 @@ class VqaTask(BaseTask):
         *,
         prompt: str = "",
         inference_method: Literal["generate", "rank"] = "generate",
-        answer_list: Sequence[str] | str | None = None,
+        answer_list: Sequence[Any] | str | None = None,
         num_ans_candidates: int = 128,
         num_beams: int = 5,
         max_len: int = 10,
@@ -117,11 +118,11 @@ class VqaTask(BaseTask):
             raise ConfigError(
                 f"task.questions_in_training must be at least 1 or null, got {questions_in_training}"
             )
-        if (inference_method == "rank") != bool(answer_list):
+        if (inference_method == "rank") != (answer_list is not None):
             raise ConfigError(
                 "task.answer_list: the list that task.inference_method=rank chooses from; set both or neither"
             )
-        answers = read_answer_list(answer_list) if isinstance(answer_list, str) else answer_list
+        answers = _closed_list(answer_list)
         self.answering = Answering(
             num_beams, inference_method, max_len, min_len, num_ans_candidates, answers, prompt, length_penalty
         )
@@ -213,6 +214,16 @@ class VqaTask(BaseTask):
         shown = examples_sections(details.examples) if details.examples else []
         looks = [looks_section(details.looks)] if details.looks else []
         return [scores_section(evaluation.metrics, details.types), *shown, *looks]
+
+
+def _closed_list(given: Sequence[Any] | str | None) -> list[str] | None:
+    """The answers of a list, or of the file with that name."""
+    if given is None or isinstance(given, str):
+        return None if given is None else read_answer_list(given)
+    answers = clean_answers(given)
+    if not answers:
+        raise ConfigError("task.answer_list is empty; name the answers to choose from, or a file with them")
+    return answers
 
 
 def type_scores(rows: Sequence[Answered], accuracies: Sequence[float]) -> list[TypeScore]:
