@@ -19,15 +19,16 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import console, get_logger
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
+from lavis_lite.processors.text import BlipCaption, BlipQuestion
 from lavis_lite.processors.video import SUFFIXES as CLIP_SUFFIXES
 from lavis_lite.processors.video import UnreadableClip, VideoProcessor
 from lavis_lite.tasks.answers import answers_of, read_answer_list
 
 logger = get_logger(__name__)
 
-# A model and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
+# A speaker and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
 Row: TypeAlias = dict[str, Any]
-Say = Callable[[Any, dict[str, torch.Tensor]], list[list[Row]]]
+Say = Callable[["Speaker", dict[str, torch.Tensor]], list[list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Place:
     device: str = "auto"
     batch_size: int = 16
     num_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, and what prepares questions for it."""
+
+    model: Any
+    ask: Callable[[str], str]
 
 
 def generate_files(
@@ -60,8 +69,8 @@ def generate_files(
     """
     prompted = {} if prompt is None else {"prompt": prompt}
 
-    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
-        said, number = built.generate({**shown, **prompted}, **settings), _count(shown)
+    def say(speaker: Speaker, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
+        said, number = speaker.model.generate({**shown, **prompted}, **settings), _count(shown)
         each = len(said) // number
         return [[{"text": text} for text in said[i * each : (i + 1) * each]] for i in range(number)]
 
@@ -80,6 +89,8 @@ def answer_files(
     **settings: Any,
 ) -> int:
     """Write {"image", "question", "answer"} for every question about every picture; else as `generate_files`.
+
+    Questions go through the model's text processor, as in training and evaluation; they are written as they were given.
 
     Args:
         answer_list: a file with the answers to choose from, see `read_answer_list`; without one they are generated.
@@ -107,11 +118,11 @@ def answer_files(
                 num_ans_candidates,
             )
 
-    def say(built: Any, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
+    def say(speaker: Speaker, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
         rows: list[list[Row]] = [[] for _ in range(_count(shown))]
         for question in questions:
-            samples = {**shown, "text_input": question}
-            for own, said in zip(rows, answers_of(built, samples, settings, confidence), strict=True):
+            samples = {**shown, "text_input": speaker.ask(question)}
+            for own, said in zip(rows, answers_of(speaker.model, samples, settings, confidence), strict=True):
                 told = {"confidence": said.confidence} if confidence else {}
                 own.append({"question": question, "answer": said.text, **told})
         return rows
@@ -123,7 +134,8 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
     medium = Medium.of(place)
     paths = list(_files(images, medium))
     device = str(choose_device(place.device))
-    built, processors, _ = load_model_and_preprocess(model, None, True, device, place.checkpoint)
+    built, processors, texts = load_model_and_preprocess(model, None, True, device, place.checkpoint)
+    speaker = Speaker(built, _question_processor(texts.get("eval")))
     if not hasattr(built, needs):
         raise ConfigError(f"--model '{model}': this model generates no text")
     read = medium.reader(processors["eval"])
@@ -135,10 +147,15 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
         batches = range(0, len(paths), place.batch_size)
         shown = console().is_terminal and place.out is not None
         for start in track(batches, needs.replace("_", " "), console=console(), disable=not shown):
-            for row in _rows(built, medium.key, read, paths[start : start + place.batch_size], say):
+            for row in _rows(speaker, medium.key, read, paths[start : start + place.batch_size], say):
                 bad += "error" in row
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
     return bad
+
+
+def _question_processor(own: Callable[[str], str] | None) -> Callable[[str], str]:
+    """A model's own text processor; where it has none, or one of captions, that of all data sets of questions."""
+    return BlipQuestion() if own is None or isinstance(own, BlipCaption) else own
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ def _files(images: Sequence[str], medium: Medium) -> Iterator[Path]:
 
 
 def _rows(
-    model: Any, key: str, reader: Callable[[Path], torch.Tensor], paths: Sequence[Path], say: Say
+    speaker: Speaker, key: str, reader: Callable[[Path], torch.Tensor], paths: Sequence[Path], say: Say
 ) -> Iterator[Row]:
     """One batch's rows, in order; the readable files go through the model together."""
     read: dict[Path, torch.Tensor] = {}
@@ -196,8 +213,8 @@ def _rows(
             errors[path] = error.reason
     said: dict[Path, list[Row]] = {}
     if read:
-        shown = {key: torch.stack(list(read.values())).to(model.device)}
-        said = dict(zip(read, say(model, shown), strict=True))
+        shown = {key: torch.stack(list(read.values())).to(speaker.model.device)}
+        said = dict(zip(read, say(speaker, shown), strict=True))
     for path in paths:
         if path in errors:
             yield {key: str(path), "error": errors[path]}

@@ -16,6 +16,7 @@ from vqa_world import Found
 
 from lavis_lite import generate
 from lavis_lite.cli import main
+from lavis_lite.processors.text import BlipCaption, BlipQuestion
 
 
 class Echo(nn.Module):
@@ -143,6 +144,29 @@ def test_every_question_is_asked_of_every_picture(
         *(1 / 2, 1 / 2),
         *(1 / 3, 1 / 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ({"eval": BlipQuestion(max_words=3)}, "how many dogs,"),
+        ({"eval": BlipCaption("a photo of ")}, "how many dogs, mr smith?"),
+        ({}, "how many dogs, mr smith?"),
+    ],
+)
+def test_questions_are_asked_as_in_training(
+    own: dict[str, Any],
+    asked: str,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, processors, _ = generate.load_model_and_preprocess("a/b")
+    monkeypatch.setattr(generate, "load_model_and_preprocess", lambda *_: (Echo(), processors, own))
+    given = "How many dogs, Mr. Smith?"
+    main(["answer", "--model", "a/b", "--image", str(pictures / "0.png"), "--question", given])
+    row = json.loads(capsys.readouterr().out)
+    assert row["question"] == given and row["answer"] == f"{asked} 0 [10, -1.0]"
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,32 @@ def test_generated_answers_to_one_question_and_in_turns(model: Blip2Generative) 
     assert history == [("what is it", answer)]
 
 
+@torch.no_grad()
+def test_a_question_beyond_the_positions_is_one_clear_line(model: Blip2Generative) -> None:
+    image = question_samples()["image"][:1]
+    limit = getattr(model.language_model.model.config, "max_position_embeddings", None)
+
+    def asked(words: int) -> dict[str, Any]:
+        return {"image": image, "text_input": ["a " * words], "text_output": [CANDIDATES[1]]}
+
+    calls = (
+        lambda words: model.predict_answers(asked(words), num_beams=2, max_len=20, min_len=20),
+        lambda words: model.score_answers(asked(words), CANDIDATES),
+        lambda words: model(asked(words)),
+    )
+    for call in calls:
+        call(40)
+        if limit is None:  # T5's positions are relative
+            call(200)
+            continue
+        # The question fits and some answer behind it doesn't; not even the question fits.
+        for words in (limit - model.visual_prompt(image, ["a"]).shape[1] - 8, 200):
+            with pytest.raises(
+                InputError, match=rf"text take \d+ places and the language model has {limit}: shorten"
+            ):
+                call(words)
+
+
 def test_mistakes_are_one_clear_line(model: Blip2Generative) -> None:
     samples = question_samples()
     image = samples["image"]

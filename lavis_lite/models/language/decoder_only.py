@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import pad as torch_pad
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.language.adapter import LanguageModel, lengths_mask, pad
 from lavis_lite.models.language.keywords import cache_keyword, forward_keywords
@@ -44,6 +45,7 @@ class DecoderOnlyLM(LanguageModel):
         # Logits only from the place before the first target on: what a place says is about the next one.
         first = num_visual + min(len(prompt) for prompt, _ in rows) - 1
         inputs = torch.cat([visual.to(self.dtype), self.embed(ids)], 1)
+        check_positions(self.model, inputs.shape[1])
         kept = inputs.shape[1] - first
         logits = self._logits(inputs, mask, kept)
         scored = torch.zeros(len(rows), kept, dtype=torch.bool)
@@ -108,6 +110,19 @@ class DecoderOnlyLM(LanguageModel):
         return logits[:, -kept:]
 
 
+def check_positions(model: Any, number: int) -> None:
+    """Raise InputError when so many places of visual prompt and text are more than a language model has.
+
+    Without it, learnt positions end in an index error, or, on a GPU, in one that ends the process.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and number > limit:
+        raise InputError(
+            f"visual prompt and text take {number} places and the language model has {limit}: shorten the question or "
+            "the prompt"
+        )
+
+
 class CausalDecoder:
     """A `decoding.Decoder`: visual prompt and prompt are read once an input, each step adds one token a row.
 
@@ -123,6 +138,7 @@ class CausalDecoder:
         self._mask = mask
         self._rows = rows_per_input
         self._cache: Any = GrowingCache()
+        check_positions(model, mask.shape[1])
         self._started = False
         # Parameters by name: models differ in which they take.
         parameters = forward_keywords(model)
@@ -134,6 +150,7 @@ class CausalDecoder:
         """The next token int64[R] of every row (the first call's are ignored) -> logits [R, V]."""
         if self._started:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], 1)
+            check_positions(self._model, self._mask.shape[1])
             return self._forward(input_ids=ids[:, None])
         self._started = True
         logits = self._forward(inputs_embeds=self._inputs)
@@ -151,6 +168,7 @@ class CausalDecoder:
         from lavis_lite.models.language.growing_cache import selected
 
         mask = torch.cat([self._mask[rows], self._mask.new_ones(ids.shape)], 1)
+        check_positions(self._model, mask.shape[1])
         positions = (
             {"position_ids": (mask.cumsum(1) - 1)[:, -ids.shape[1] :]} if self._takes_positions else {}
         )
