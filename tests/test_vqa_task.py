@@ -43,6 +43,24 @@ def test_accuracies_by_hand() -> None:
         assert evaluate(Questions(12), truths=truths).metrics["answer_type/yes_no"] == expected
 
 
+def test_too_few_answers_to_score_one_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Few(Questions):
+        def answers(self, row: int) -> list[str]:
+            return ["yes"] * (row + 1)
+
+    messages: list[str] = []
+    monkeypatch.setattr(vqa.logger, "warning", lambda text, *args: messages.append(text % args))
+    task = VqaTask(loss_batch_size=4)
+    for _ in range(2):
+        metrics = task.evaluate(Answerer(), Few(4), loader_args=EvalArgs()).metrics
+    # Says yes, 2, blue, yes; of one, two, three and four who said yes.
+    assert metrics["accuracy"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    assert messages == [
+        "2 of 4 questions have 2 or 3 answers, of which even a right one scores at most 1/3 or 2/3: give one "
+        "answer, or four and more (docs/vqa.md)"
+    ]
+
+
 def test_dictionary_forms_agree_when_asked_to() -> None:
     class Plural(Answerer):
         def predict_answers(self, samples: dict[str, Any], **settings: Any) -> list[str]:

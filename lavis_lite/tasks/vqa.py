@@ -12,7 +12,7 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.metrics.lemmas import lemmatise
-from lavis_lite.metrics.vqa import Lemmas, Truths, accuracy, means_by
+from lavis_lite.metrics.vqa import VOICES, Lemmas, Truths, accuracy, means_by
 from lavis_lite.tasks.answers import (
     Answered,
     Answering,
@@ -133,6 +133,7 @@ class VqaTask(BaseTask):
         self.confidence = confidence
         self.questions_in_training = questions_in_training
         self.num_examples = num_examples
+        self._warned_of_few = False
 
     def evaluate(self, model: Any, dataset: Any, *, loader_args: EvalArgs, final: bool = True) -> Evaluation:
         """Answers and accuracies of one split; see the class for the metrics.
@@ -188,10 +189,23 @@ class VqaTask(BaseTask):
         if without:
             logger.info("%d of %d questions have no known answers: nothing is scored", without, len(rows))
             return None
+        self._warn_of_few_answers(rows)
         return [
             accuracy(item.prediction, item.answers, truths=self.truths, lemmatize=self.lemmatize)
             for item in rows
         ]
+
+    def _warn_of_few_answers(self, rows: Sequence[Answered]) -> None:
+        """A line in the log, once a run, where the measure itself keeps right answers from scoring 1."""
+        few = sum(1 < len(item.answers) <= VOICES for item in rows)
+        if few and not self._warned_of_few and dist.is_main():
+            self._warned_of_few = True
+            logger.warning(
+                "%d of %d questions have 2 or 3 answers, of which even a right one scores at most 1/3 or 2/3: give one "
+                "answer, or four and more (docs/vqa.md)",
+                few,
+                len(rows),
+            )
 
     def metric_lines(self, metrics: Mapping[str, float]) -> list[str]:
         """Held-out loss, then the accuracy of all questions and of each type."""
