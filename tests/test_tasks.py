@@ -132,6 +132,25 @@ def test_what_runs_in_training_is_told_apart() -> None:
     assert "rerank/tr_r1" not in evaluate(data, rerank="none").metrics
 
 
+@pytest.mark.parametrize(
+    ("final", "options", "kept"),
+    [(False, {}, 0), (True, {"rerank": "none"}, 0), (False, {"k_test_in_training": 2}, 23), (True, {}, 23)],
+)
+def test_features_are_kept_only_where_they_will_be_re_ranked(
+    monkeypatch: pytest.MonkeyPatch, final: bool, options: dict[str, Any], kept: int
+) -> None:
+    appended: list[int] = []
+    append = feature_spool.FeatureSpool.append
+
+    def counted(spool: feature_spool.FeatureSpool, rows: torch.Tensor) -> None:
+        appended.append(len(rows))
+        append(spool, rows)
+
+    monkeypatch.setattr(feature_spool.FeatureSpool, "append", counted)
+    evaluate(Pictures(), final=final, **options)
+    assert sum(appended) == kept
+
+
 def test_unreadable_images_leave_with_their_captions() -> None:
     data = Pictures(unreadable=(0, 9))
     metrics = evaluate(data).metrics

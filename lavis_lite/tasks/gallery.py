@@ -57,8 +57,8 @@ class Gallery:
 
     rows: the dataset's (first) row of each of the N images. texts: M captions. image_of_text: int64[M],
     positions in `rows`. similarity: float[N, M], the largest cosine over the queries.
-    mine: for every row of `embeds` the position of its image, -1 where another row shows the same image.
-    embeds: the features [P, D] of the images that this rank encoded.
+    mine: for every row that this rank encoded the position of its image, -1 where another row shows the same image.
+    embeds: the features [P, D] of those rows; None where they weren't asked for.
     unreadable: rows left out with their captions.
     """
 
@@ -69,16 +69,20 @@ class Gallery:
     tokens: Any
     text_lengths: Tensor
     mine: Tensor
-    embeds: FeatureSpool
+    embeds: FeatureSpool | None
     unreadable: int
 
 
-def encode_gallery(model: MatchingModel, dataset: Any, loader_args: Any) -> Gallery:
+def encode_gallery(
+    model: MatchingModel, dataset: Any, loader_args: Any, *, keep_features: bool = True
+) -> Gallery:
     """Encode every readable image and all captions of a split, and compare all with all.
 
+    keep_features: hold the images' features for re-ranking, which are gigabytes of COCO's test split.
     Raises DataError when nothing can be read or there is no caption.
     """
-    my_rows, embeds, queries = _encode_images(model, dataset, loader_args)
+    embeds = FeatureSpool(loader_args.folder) if keep_features else None
+    my_rows, queries = _encode_images(model, dataset, loader_args, embeds)
     picture_of_row = {row: picture for part in dist.gather_objects(my_rows) for row, picture in part.items()}
     first_row: dict[int, int] = {}
     for row in sorted(picture_of_row):
@@ -118,11 +122,11 @@ def encode_gallery(model: MatchingModel, dataset: Any, loader_args: Any) -> Gall
 
 
 def _encode_images(
-    model: MatchingModel, dataset: Any, loader_args: Any
-) -> tuple[dict[int, int], FeatureSpool, Tensor]:
-    """This rank's rows with the id of their picture, features [n, P, D], queries [n, Q, E]."""
+    model: MatchingModel, dataset: Any, loader_args: Any, embeds: FeatureSpool | None
+) -> tuple[dict[int, int], Tensor]:
+    """This rank's rows with the id of their picture, and their queries [n, Q, E]; `embeds` gets the features."""
     rows: dict[int, int] = {}
-    embeds, queries = FeatureSpool(loader_args.folder), []
+    queries: list[Tensor] = []
     loader = eval_loader(
         dataset,
         batch_size=loader_args.batch_size,
@@ -136,8 +140,9 @@ def _encode_images(
             image_embeds = model.encode_image(batch["image"].to(loader_args.device, non_blocking=True))
             queries.append(model.query_features(image_embeds).float())
         rows.update(zip(batch["index"].tolist(), batch["image_id"].tolist(), strict=True))
-        embeds.append(image_embeds.to(loader_args.storage_dtype))
-    return rows, embeds, torch.cat(queries) if queries else torch.empty(0, 1, 1)  # more ranks than images
+        if embeds is not None:
+            embeds.append(image_embeds.to(loader_args.storage_dtype))
+    return rows, torch.cat(queries) if queries else torch.empty(0, 1, 1)  # more ranks than images
 
 
 def _encode_texts(model: MatchingModel, tokens: Any, lengths: Tensor, loader_args: Any) -> Tensor:

@@ -103,8 +103,8 @@ class ImageTextPretrainTask(BaseTask):
         metrics = self.losses(model, dataset, loader_args)
         k = self.k_test if final else self.k_test_in_training
         with evaluating(model):
-            gallery = encode_gallery(model, dataset, loader_args)
             rerank = self.rerank != "none" and k > 0
+            gallery = encode_gallery(model, dataset, loader_args, keep_features=rerank)
             matches = match_candidates(model, gallery, k, loader_args) if rerank else None
         relevant = relevant_texts(gallery.texts, gallery.image_of_text, len(gallery.rows))
         rankings = _rank_by_similarity(gallery, relevant)

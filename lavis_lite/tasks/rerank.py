@@ -103,6 +103,8 @@ def _projected_images(
     model: MatchingModel, gallery: Gallery, loader_args: Any
 ) -> Iterator[tuple[Tensor, Any]]:
     """This rank's images block by block: their positions int64[n] and what matching reads of them."""
+    if gallery.embeds is None:
+        raise ValueError("a gallery without features can't be re-ranked: encode it with keep_features")
     count = len(gallery.embeds)
     size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if count else 1
     for start in range(0, count, size):
