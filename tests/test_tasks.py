@@ -37,6 +37,11 @@ def test_retrieval_equals_the_slow_version(form: Any, k: int) -> None:
     metrics = evaluate(data, rerank=form, k_test=k).metrics
     expected = slow_retrieval(Matcher(), data, k, form)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert f"rerank_{form}/tr_r1" not in metrics
+    for other in {"sum", "itm", "lavis"} - {form}:
+        slow = slow_retrieval(Matcher(), data, k, other)
+        for name in ("tr_r1", "tr_r5", "ir_r1", "ir_r10"):
+            assert metrics[f"rerank_{other}/{name}"] == pytest.approx(slow[f"rerank/{name}"])
     assert expected["itc/ir_mean_rank"] != expected["rerank/ir_mean_rank"]
 
 
@@ -235,7 +240,7 @@ def test_a_task_without_retrieval_reports_means(tmp_path: Path) -> None:
 def test_summary_shows_before_after_and_chance() -> None:
     task = registry.get_task_class("image_text_pretrain")()
     metrics = {"loss": 1.5, "loss_itc": 0.75, "itm_acc": 0.8, "num_images": 500.0, "num_texts": 1000.0}
-    for by, value in (("itc/", 0.5), ("rerank/", 0.6), ("chance_", 0.0)):
+    for by, value in (("itc/", 0.5), ("rerank/", 0.6), ("rerank_itm/", 0.7), ("chance_", 0.0)):
         metrics |= {f"{by}{way}_r{k}": value + k / 1000 for way in ("tr", "ir") for k in (1, 5, 10)}
     text = "\n".join(task.metric_lines(metrics))
     for expected in (
@@ -244,6 +249,7 @@ def test_summary_shows_before_after_and_chance() -> None:
         "0.800",
         "by ITC            0.501  0.505  0.510",
         "re-ranked by ITM  0.601",
+        "  as form itm     0.701",
     ):
         assert expected in text, text
     assert "chance            0.001" in text and "500 images, 1000 captions" in text

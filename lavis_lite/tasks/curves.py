@@ -97,7 +97,7 @@ def _held_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Series]]
 
 
 def _is_other_score(name: str, train: Mapping[str, Series]) -> bool:
-    counts = name.startswith(("num_", "unreadable", "chance", "itc/", "rerank/", "loss")) or name.endswith(
+    counts = name.startswith(("num_", "unreadable", "chance", "itc/", "rerank", "loss")) or name.endswith(
         "_rank"
     )
     return not counts and name not in train and name not in ("epoch", "wall_time", "seconds")

@@ -25,8 +25,8 @@ from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation
 from lavis_lite.tasks.examples import Examples, draw_examples
 from lavis_lite.tasks.gallery import Gallery, encode_gallery
 from lavis_lite.tasks.heldout import evaluating
-from lavis_lite.tasks.rerank import Matches, match_candidates, pair_scores
-from lavis_lite.tasks.summary import loss_table, retrieval_table, table_lines
+from lavis_lite.tasks.rerank import FORMS, Matches, match_candidates, pair_scores
+from lavis_lite.tasks.summary import RECALLS, loss_table, retrieval_table, table_lines
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class ImageTextPretrainTask(BaseTask):
     loss_batch_size, loss_batches, seed: see `BaseTask`.
 
     Metrics: loss, loss_itc, loss_itm, loss_itg, itm_acc; itc/ and rerank/ before tr_r1, tr_r5, tr_r10
-    (image to text), ir_r1, ir_r5, ir_r10 (text to image), r1_mean, tr_mean_rank, ir_mean_rank; chance_
-    before the recalls; num_images, num_texts, unreadable_images.
+    (image to text), ir_r1, ir_r5, ir_r10 (text to image), r1_mean, tr_mean_rank, ir_mean_rank; chance_ and, for
+    the forms that weren't asked for, rerank_<form>/ before the recalls; num_images, num_texts, unreadable_images.
     """
 
     def __init__(
@@ -110,8 +110,12 @@ class ImageTextPretrainTask(BaseTask):
         rankings = _rank_by_similarity(gallery, relevant)
         metrics |= _named("itc/", retrieval_metrics(rankings.text_ranks, rankings.image_ranks))
         if matches is not None:
-            rankings = self._rank_again(rankings, gallery, relevant, matches, model.temp.item())
+            by_form = self._rank_again(rankings, gallery, relevant, matches, model.temp.item())
+            rankings = by_form.pop(self.rerank)
             metrics |= _named("rerank/", retrieval_metrics(rankings.text_ranks, rankings.image_ranks))
+            for form, others in by_form.items():
+                recalls = retrieval_metrics(others.text_ranks, others.image_ranks)
+                metrics |= _named(f"rerank_{form}/", {name: recalls[name] for name in RECALLS})
         metrics |= _chance(gallery, relevant)
         metrics["num_images"] = float(len(gallery.rows))
         metrics["num_texts"] = float(len(gallery.texts))
@@ -127,23 +131,22 @@ class ImageTextPretrainTask(BaseTask):
 
     def _rank_again(
         self, by_itc: _Rankings, gallery: Gallery, relevant: Tensor, matches: Matches, temperature: float
-    ) -> _Rankings:
-        similarity = gallery.similarity
-        score = functools.partial(
-            pair_scores, self.rerank, temperature=temperature, itm_weight=self.itm_weight
-        )
-        text_scores = score(matches.text_logits, similarity.gather(1, matches.texts))
-        image_scores = score(matches.image_logits, similarity.T.gather(1, matches.images))
-        with_text = relevant.any(dim=1)
-        truth = relevant_images(gallery.image_of_text, len(gallery.rows))
-        return _Rankings(
-            reranked_ranks(
-                by_itc.text_ranks, relevant[with_text], matches.texts[with_text], text_scores[with_text]
-            ),
-            reranked_ranks(by_itc.image_ranks, truth, matches.images, image_scores),
-            matches.texts.gather(1, text_scores.argsort(dim=1, descending=True)),
-            matches.images.gather(1, image_scores.argsort(dim=1, descending=True)),
-        )
+    ) -> dict[str, _Rankings]:
+        """The rankings of every form of the score: the logits are there, so that the others cost nothing."""
+        text_similarity = gallery.similarity.gather(1, matches.texts)
+        image_similarity = gallery.similarity.T.gather(1, matches.images)
+        found = {}
+        for form in FORMS:
+            score = functools.partial(pair_scores, form, temperature=temperature, itm_weight=self.itm_weight)
+            found[form] = _rank_by_scores(
+                by_itc,
+                gallery,
+                relevant,
+                matches,
+                score(matches.text_logits, text_similarity),
+                score(matches.image_logits, image_similarity),
+            )
+        return found
 
     def metric_lines(self, metrics: Mapping[str, float]) -> list[str]:
         """Losses, then recalls before and after re-ranking and by chance."""
@@ -175,6 +178,26 @@ def _rank_by_similarity(gallery: Gallery, relevant: Tensor) -> _Rankings:
         ranks(similarity.T, truth),
         similarity.topk(min(shown, similarity.shape[1]), dim=1).indices,
         similarity.topk(min(shown, similarity.shape[0]), dim=0).indices.T,
+    )
+
+
+def _rank_by_scores(
+    by_itc: _Rankings,
+    gallery: Gallery,
+    relevant: Tensor,
+    matches: Matches,
+    text_scores: Tensor,
+    image_scores: Tensor,
+) -> _Rankings:
+    with_text = relevant.any(dim=1)
+    truth = relevant_images(gallery.image_of_text, len(gallery.rows))
+    return _Rankings(
+        reranked_ranks(
+            by_itc.text_ranks, relevant[with_text], matches.texts[with_text], text_scores[with_text]
+        ),
+        reranked_ranks(by_itc.image_ranks, truth, matches.images, image_scores),
+        matches.texts.gather(1, text_scores.argsort(dim=1, descending=True)),
+        matches.images.gather(1, image_scores.argsort(dim=1, descending=True)),
     )
 
 

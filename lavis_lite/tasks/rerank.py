@@ -8,7 +8,7 @@ ITC and t its temperature:
   log p(image, text) / (p(image) p(text)) - s / t + const., and the ranking by the odds themselves has to
   put s / t back. w = 1 is right for a head that knows these odds; one that learned from few pairs, or for few
   steps, is too sure of them, and a smaller w (`itm_weight`) keeps its errors from undoing what s / t has right.
-- "itm", d alone: what would be right had the negatives been drawn at random.
+- "itm", d alone: what the paper's text says, and would be right had the negatives been drawn at random.
 - "lavis", logit(match) + s: the form of the published retrieval scores. It leaves out the other logit,
   and s without temperature hardly counts.
 """
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.tasks.gallery import Gallery, MatchingModel, texts_at
+
+FORMS = ("sum", "itm", "lavis")
 
 # Numbers of image features kept projected at a time, pairs whose texts are, and pairs in a batch.
 IMAGE_BLOCK = 1 << 24

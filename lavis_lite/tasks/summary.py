@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lavis_lite.tasks.rerank import FORMS
+
 RECALLS = ("tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10")
 
 
@@ -20,9 +22,10 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def retrieval_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of recalls before and after re-ranking and by chance; '-' where not measured."""
+    """Header and rows of recalls before and after re-ranking, in each form, and by chance; '-' where not measured."""
     header = ["retrieval", *(name.upper().replace("_R", "@") for name in RECALLS)]
-    names = {"itc/": "by ITC", "rerank/": "re-ranked by ITM", "chance_": "chance"}
+    forms = {f"rerank_{form}/": f"  as form {form}" for form in FORMS}
+    names = {"itc/": "by ITC", "rerank/": "re-ranked by ITM", **forms, "chance_": "chance"}
     rows = [
         [label, *(_recall(metrics.get(prefix + name)) for name in RECALLS)]
         for prefix, label in names.items()
