@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lavis_lite.common import logging as log
 from lavis_lite.common.errors import MissingDependencyError
@@ -92,6 +94,23 @@ def test_progress_tells_the_time_left(
         progress.advance(60)
         progress.show({"loss": 1.0})
     assert "step 60/100  loss 1.000  2 min 00 s left" in capsys.readouterr().err
+
+
+def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation re-ranks within training, whose bar is on the terminal: older versions of rich refuse a second."""
+    lines: list[str] = []
+    monkeypatch.setattr(log, "get_logger", lambda: SimpleNamespace(info=lines.append))
+    terminal = Console(file=StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(log, "console", lambda: terminal)
+    with log.ProgressDisplay(10, 3) as outer:
+        with log.ProgressDisplay(20, 0, unit="pair") as inner:
+            assert outer._bar is not None and inner._bar is None
+            inner.advance(5)
+            inner.show({})
+        outer.advance(4)
+    assert [line.split("  ")[0] for line in lines] == ["pair 5/20"]
+    with log.ProgressDisplay(10, 0) as after:
+        assert after._bar is not None
 
 
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,12 @@ def test_everything_is_computed_once() -> None:
     assert (model.images_seen, model.texts_seen, model.pairs_seen) == (23, texts, len(union))
 
 
+def test_re_ranking_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Matcher()
+    evaluate(Pictures(), model, loss_batches=0)
+    assert f"pair {model.pairs_seen}/{model.pairs_seen}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("images", "texts", "pairs"), [(1, 7, 3), (24, 1 << 20, 64), (1 << 20, 1, 2)])
 def test_blocks_of_images_texts_and_pairs_change_nothing(
     monkeypatch: pytest.MonkeyPatch, images: int, texts: int, pairs: int
@@ -92,6 +100,37 @@ def test_blocks_of_images_texts_and_pairs_change_nothing(
     model = Matcher()
     assert evaluate(Pictures(), model, k_test=5).metrics == pytest.approx(whole, abs=1e-6)
     assert model.texts_projected <= model.pairs_seen
+
+
+def test_what_was_projected_is_gone_before_the_next_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of a block of images are hundreds of megabytes."""
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    monkeypatch.setattr(rerank, "TEXT_BLOCK", 5)
+
+    class Watched(Matcher):
+        images: tuple[weakref.ref[Any], ...] = ()
+        starts: tuple[weakref.ref[Any], ...] = ()
+
+        def project_image(self, image_embeds: torch.Tensor) -> torch.Tensor:
+            assert [kept() for kept in self.images] == [None] * len(self.images)
+            found = super().project_image(image_embeds)
+            self.images = (*self.images, weakref.ref(found), weakref.ref(image_embeds))
+            return found
+
+        def project_text(self, tokens: Any) -> Any:
+            assert [kept() for kept in self.starts] == [None] * len(self.starts)
+            found = replace(super().project_text(tokens))
+            self.starts = (*self.starts, weakref.ref(found))
+            return found
+
+        def query_features(self, images: torch.Tensor) -> torch.Tensor:
+            found = super().query_features(images)
+            self.images = ()  # the encoding's own features, which the batch still has
+            return found
+
+    model = Watched()
+    evaluate(Pictures(), model, loss_batches=0)
+    assert len(model.images) == 2 * 6 and len(model.starts) > 6
 
 
 def test_result_depends_neither_on_batch_size_nor_on_what_was_drawn_before() -> None:

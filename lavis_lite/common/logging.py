@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -140,8 +140,11 @@ def progress_text(values: Mapping[str, float]) -> str:
 class ProgressDisplay:
     """How far the run is: a bar with the remaining time on a terminal, a line now and then elsewhere.
 
-    Lines come with every logged row at first, then at most every `line_seconds`.
+    Lines come with every logged row at first, then at most every `line_seconds`. They also come where another display,
+    such as that of the training around an evaluation, already has a bar on the terminal.
     """
+
+    _bar_shown: ClassVar[bool] = False
 
     def __init__(
         self, total: int, done: int, *, shown: bool = True, line_seconds: float = 10.0, unit: str = "step"
@@ -156,7 +159,8 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         self._started = time.monotonic()
-        if self._shown and console().is_terminal:
+        if self._shown and console().is_terminal and not ProgressDisplay._bar_shown:
+            ProgressDisplay._bar_shown = True
             self._bar = Progress(
                 BarColumn(20),
                 MofNCompleteColumn(),
@@ -177,6 +181,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            ProgressDisplay._bar_shown = False
 
     def advance(self, step: int) -> None:
         """Say that so many steps are done."""
@@ -197,5 +202,6 @@ class ProgressDisplay:
         self._last_line = now
         done, left = self.done - self.first, ""
         if done > 1 and self.done < self.total:
-            left = f"  {duration((now - self._started) / done * (self.total - self.done))} left"
-        get_logger().info("%s %d/%d  %s%s", self.unit, self.done, self.total, progress_text(values), left)
+            left = f"{duration((now - self._started) / done * (self.total - self.done))} left"
+        shown = (f"{self.unit} {self.done}/{self.total}", progress_text(values), left)
+        get_logger().info("  ".join(part for part in shown if part))

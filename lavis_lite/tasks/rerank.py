@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common import dist
+from lavis_lite.common.logging import ProgressDisplay
 from lavis_lite.tasks.gallery import Gallery, MatchingModel, texts_at
 
 FORMS = ("sum", "itm", "lavis")
@@ -83,37 +84,65 @@ def pair_scores(
 def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: Any) -> tuple[Tensor, Tensor]:
     """Sorted keys image * M + text of all wanted pairs, and their logits [pairs, 2]."""
     keys, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
-    for positions, image_kv in _projected_images(model, gallery, loader_args):
-        # Twins of an image already met have position -1, and no pairs of their own.
-        here = wanted[positions] & (positions >= 0)[:, None]
-        for texts in _text_blocks(here, gallery.text_lengths):
-            with loader_args.autocast():
-                starts = model.project_text(texts_at(gallery.tokens, texts))
-            pairs = here[:, texts].nonzero()
-            for batch in pairs.split(MAX_PAIRS):
-                with loader_args.autocast():
-                    scored = model.match_logits(_shares(image_kv, batch[:, 0]), _rows(starts, batch[:, 1]))
-                keys.append(positions[batch[:, 0]] * wanted.shape[1] + texts[batch[:, 1]])
-                logits.append(scored.float().cpu())
+    own = gallery.mine[gallery.mine >= 0]
+    total = sum(int(wanted[part].sum()) for part in own.split(256))
+    with ProgressDisplay(total, 0, shown=dist.is_main(), unit="pair") as progress:
+        for block in _image_blocks(gallery):
+            for some_keys, some_logits in _score_images(model, gallery, wanted, block, loader_args):
+                keys.append(some_keys)
+                logits.append(some_logits)
+                progress.advance(progress.done + len(some_keys))
+                progress.show({})
     parts = dist.gather_objects((torch.cat(keys), torch.cat(logits)))
     all_keys = torch.cat([part[0] for part in parts])
     order = all_keys.argsort()
     return all_keys[order], torch.cat([part[1] for part in parts])[order]
 
 
-def _projected_images(
-    model: MatchingModel, gallery: Gallery, loader_args: Any
-) -> Iterator[tuple[Tensor, Any]]:
-    """This rank's images block by block: their positions int64[n] and what matching reads of them."""
+def _image_blocks(gallery: Gallery) -> list[range]:
+    """The rows of this rank's features that are projected at a time."""
     if gallery.embeds is None:
         raise ValueError("a gallery without features can't be re-ranked: encode it with keep_features")
     count = len(gallery.embeds)
     size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if count else 1
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        embeds = gallery.embeds.read(start, stop).to(loader_args.device, torch.float32)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+# What is projected belongs to the two generators below: it is gone before the next block's is made.
+
+
+def _score_images(
+    model: MatchingModel, gallery: Gallery, wanted: Tensor, block: range, loader_args: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and logits of a block of images' wanted pairs, batch by batch."""
+    positions = gallery.mine[block.start : block.stop]
+    # Twins of an image already met have position -1, and no pairs of their own.
+    here = wanted[positions] & (positions >= 0)[:, None]
+    image_kv = _project_images(model, gallery, block, loader_args)
+    for texts in _text_blocks(here, gallery.text_lengths):
+        for pairs, logits in _score_texts(
+            model, image_kv, texts_at(gallery.tokens, texts), here[:, texts], loader_args
+        ):
+            yield positions[pairs[:, 0]] * wanted.shape[1] + texts[pairs[:, 1]], logits
+
+
+def _project_images(model: MatchingModel, gallery: Gallery, block: range, loader_args: Any) -> Any:
+    assert gallery.embeds is not None
+    embeds = gallery.embeds.read(block.start, block.stop).to(loader_args.device, torch.float32)
+    with loader_args.autocast():
+        return model.project_image(embeds)
+
+
+def _score_texts(
+    model: MatchingModel, image_kv: Any, tokens: Any, wanted: Tensor, loader_args: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs int64[n, 2] of image and text that are wanted bool[images, texts], and their logits, batch by batch."""
+    with loader_args.autocast():
+        starts = model.project_text(tokens)
+    for pairs in wanted.nonzero().split(MAX_PAIRS):
         with loader_args.autocast():
-            yield gallery.mine[start:stop], model.project_image(embeds)
+            logits = model.match_logits(_shares(image_kv, pairs[:, 0]), _rows(starts, pairs[:, 1]))
+        yield pairs, logits.float().cpu()
 
 
 def _text_blocks(wanted: Tensor, lengths: Tensor) -> list[Tensor]:
