@@ -59,7 +59,7 @@ def draw_texts(count: int, generator: torch.Generator) -> TextTokens:
 
 def make_gallery(features: Tensor, tokens: TextTokens) -> Gallery:
     """One image with all texts as its candidates."""
-    embeds = FeatureSpool()
+    embeds = FeatureSpool(len(features))
     embeds.append(features)
     return Gallery(
         rows=[0],

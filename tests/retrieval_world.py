@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.tasks import feature_spool
 from lavis_lite.tasks.base import EvalArgs
+from lavis_lite.tasks.gallery import encode_gallery
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -184,6 +186,11 @@ def main() -> None:
     for size in (23, 1):
         data = Pictures(size, unreadable=(4, 11) if size > 1 else ())
         found.append(task.evaluate(Matcher(), data, loader_args=args).metrics)
+    # More than one of two processes has of 23 images, and less than all of them.
+    feature_spool.MEMORY_LIMIT = 15 * 4 * 48
+    with torch.inference_mode():
+        embeds = encode_gallery(Matcher(), Pictures(), args).embeds
+    found.append({"on_disk": embeds is not None and embeds.on_disk})
     write_of_rank(found)
 
 

@@ -259,8 +259,9 @@ def run_ranks(world: int, folder: Path) -> list[Any]:
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """23 images of which 2 can't be read, then one image for two processes."""
+    """23 images of which 2 can't be read, one image for two processes, and features just too many for the memory."""
     (alone,) = run_ranks(1, tmp_path / "one")
+    assert alone[-1] == {"on_disk": True}
     both = run_ranks(2, tmp_path / "two")
     for rank in both:
         for shared, expected in zip(rank, alone, strict=True):

@@ -5,6 +5,8 @@ At 364 pixels ViT-g leaves 677 x 1408 numbers an image: the 5,000 images of COCO
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -22,18 +24,21 @@ FP16_LARGEST = torch.finfo(torch.float16).max
 
 
 class FeatureSpool:
-    """Rows of features of one shape, written in order and read in blocks.
+    """Rows of features of one shape, written in order and read in any.
 
-    Up to `memory_limit` bytes they are kept in host memory as they came. What would go beyond is written, with those
-    before it, in fp16 to a file that leaves nothing behind however the process ends. A block read from there is mapped
-    only while it is copied, so that the file doesn't count as this process's memory for long.
+    Where all rows of all processes take up to `memory_limit` bytes they are kept in host memory as they came. Else they
+    are written in fp16 to a file that leaves nothing behind however the process ends. Rows read from there are mapped
+    only while they are copied, so that the file doesn't count as this process's memory for long.
 
     Args:
+        total: rows that may come in all processes together. Were it this process's share, the features would be in
+            fp16 on one process and as they came on two.
         folder: where such a file may be, on a disk with room for it; None for the system's folder of temporary files.
         memory_limit: bytes; None for MEMORY_LIMIT.
     """
 
-    def __init__(self, folder: Path | None = None, *, memory_limit: int | None = None) -> None:
+    def __init__(self, total: int, folder: Path | None = None, *, memory_limit: int | None = None) -> None:
+        self.total = total
         self.folder = folder
         self.memory_limit = MEMORY_LIMIT if memory_limit is None else memory_limit
         self.row_shape: tuple[int, ...] = ()
@@ -58,23 +63,20 @@ class FeatureSpool:
         """Add rows [n, ...] of any float type and device; raises DataError when the disk has no room for them."""
         self.row_shape = tuple(rows.shape[1:])
         rows = rows.cpu()
-        kept = sum(part.nbytes for part in self._kept)
-        if self._file is None and kept + rows.nbytes <= self.memory_limit:
+        if self.total * self.row_numel * rows.element_size() <= self.memory_limit:
             self._kept.append(rows)
         else:
-            self._write([*self._kept, rows])
-            self._kept = []
+            self._write(rows)
         self._count += len(rows)
 
-    def _write(self, parts: Sequence[Tensor]) -> None:
+    def _write(self, rows: Tensor) -> None:
         try:
             if self._file is None:
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115, open as long as the spool
-            for part in parts:
-                half = part.float().clamp(-FP16_LARGEST, FP16_LARGEST).half()
-                self._file.write(half.contiguous().numpy().data)
+            half = rows.float().clamp(-FP16_LARGEST, FP16_LARGEST).half()
+            self._file.write(half.contiguous().numpy().data)
             self._file.flush()
         except OSError as error:
             where = self.folder or tempfile.gettempdir()
@@ -83,24 +85,13 @@ class FeatureSpool:
                 f"{2 * self.row_numel:,} bytes an image: free some space or name another run.output_dir"
             ) from error
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop on the host: as they came, or in fp16 from the file."""
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Some rows in the order given, on the host: as they came, or in fp16 from the file."""
         if self._file is None:
-            return torch.cat([part[a:b] for part, a, b in self._overlaps(start, stop)])
-        mapped = np.memmap(
-            self._file,
-            np.float16,
-            "r",
-            offset=2 * start * self.row_numel,
-            shape=(stop - start, *self.row_shape),
-        )
-        return torch.from_numpy(np.array(mapped))
-
-    def _overlaps(self, start: int, stop: int) -> list[tuple[Tensor, int, int]]:
-        found, first = [], 0
-        for part in self._kept:
-            a, b = max(start - first, 0), min(stop - first, len(part))
-            if a < b:
-                found.append((part, a, b))
-            first += len(part)
-        return found
+            ends = list(itertools.accumulate(len(part) for part in self._kept))
+            parts = [bisect.bisect_right(ends, row) for row in rows]
+            return torch.stack(
+                [self._kept[part][row - ends[part]] for part, row in zip(parts, rows, strict=True)]
+            )
+        mapped = np.memmap(self._file, np.float16, "r", shape=(self._count, *self.row_shape))
+        return torch.from_numpy(np.asarray(mapped[list(rows)]))

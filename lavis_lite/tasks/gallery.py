@@ -81,7 +81,7 @@ def encode_gallery(
     keep_features: hold the images' features for re-ranking, which are gigabytes of COCO's test split.
     Raises DataError when nothing can be read or there is no caption.
     """
-    embeds = FeatureSpool(loader_args.folder) if keep_features else None
+    embeds = FeatureSpool(len(dataset), loader_args.folder) if keep_features else None
     my_rows, queries = _encode_images(model, dataset, loader_args, embeds)
     picture_of_row = {row: picture for part in dist.gather_objects(my_rows) for row, picture in part.items()}
     first_row: dict[int, int] = {}

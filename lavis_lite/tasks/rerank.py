@@ -128,7 +128,7 @@ def _score_images(
 
 def _project_images(model: MatchingModel, gallery: Gallery, block: range, loader_args: Any) -> Any:
     assert gallery.embeds is not None
-    embeds = gallery.embeds.read(block.start, block.stop).to(loader_args.device, torch.float32)
+    embeds = gallery.embeds.read(block).to(loader_args.device, torch.float32)
     with loader_args.autocast():
         return model.project_image(embeds)
 
