@@ -87,7 +87,7 @@ def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: 
     own = gallery.mine[gallery.mine >= 0]
     total = sum(int(wanted[part].sum()) for part in own.split(256))
     with ProgressDisplay(total, 0, shown=dist.is_main(), unit="pair") as progress:
-        for block in _image_blocks(gallery):
+        for block in _image_blocks(gallery, wanted):
             for some_keys, some_logits in _score_images(model, gallery, wanted, block, loader_args):
                 keys.append(some_keys)
                 logits.append(some_logits)
@@ -99,25 +99,40 @@ def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: 
     return all_keys[order], torch.cat([part[1] for part in parts])[order]
 
 
-def _image_blocks(gallery: Gallery) -> list[range]:
-    """The rows of this rank's features that are projected at a time."""
+def _image_blocks(gallery: Gallery, wanted: Tensor) -> list[Tensor]:
+    """The rows of this rank's features that are projected at a time, each image once.
+
+    An image is joined by those that share most of its texts: what a text brings is then computed once for more pairs.
+    """
     if gallery.embeds is None:
         raise ValueError("a gallery without features can't be re-ranked: encode it with keep_features")
-    count = len(gallery.embeds)
-    size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if count else 1
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    # Twins of an image already met have position -1, and no pairs of their own.
+    left = (gallery.mine >= 0).nonzero().squeeze(1)
+    size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if len(left) else 1
+    if size == 1:
+        return list(left.split(1)) if len(left) else []
+    images_of_text = wanted.T.contiguous()  # whole rows are read, where columns would be picked byte by byte
+    blocks = []
+    while len(left):
+        positions = gallery.mine[left]
+        texts = wanted[positions[0]].nonzero().squeeze(1)
+        shared = images_of_text[texts].sum(dim=0)[positions]
+        chosen = torch.zeros(len(left), dtype=torch.bool)
+        chosen[shared.argsort(descending=True, stable=True)[:size]] = True
+        blocks.append(left[chosen])
+        left = left[~chosen]
+    return blocks
 
 
 # What is projected belongs to the two generators below: it is gone before the next block's is made.
 
 
 def _score_images(
-    model: MatchingModel, gallery: Gallery, wanted: Tensor, block: range, loader_args: Any
+    model: MatchingModel, gallery: Gallery, wanted: Tensor, block: Tensor, loader_args: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and logits of a block of images' wanted pairs, batch by batch."""
-    positions = gallery.mine[block.start : block.stop]
-    # Twins of an image already met have position -1, and no pairs of their own.
-    here = wanted[positions] & (positions >= 0)[:, None]
+    positions = gallery.mine[block]
+    here = wanted[positions]
     image_kv = _project_images(model, gallery, block, loader_args)
     for texts in _text_blocks(here, gallery.text_lengths):
         for pairs, logits in _score_texts(
@@ -126,9 +141,9 @@ def _score_images(
             yield positions[pairs[:, 0]] * wanted.shape[1] + texts[pairs[:, 1]], logits
 
 
-def _project_images(model: MatchingModel, gallery: Gallery, block: range, loader_args: Any) -> Any:
+def _project_images(model: MatchingModel, gallery: Gallery, block: Tensor, loader_args: Any) -> Any:
     assert gallery.embeds is not None
-    embeds = gallery.embeds.read(block).to(loader_args.device, torch.float32)
+    embeds = gallery.embeds.read(block.tolist()).to(loader_args.device, torch.float32)
     with loader_args.autocast():
         return model.project_image(embeds)
 

@@ -1,0 +1,94 @@
+"""Re-ranking's scores: those of pairs one by one, with what belongs to several pairs computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stage1_helpers import enlarge_weights, tiny_config, write_tokenizer
+from torch import Tensor
+
+from lavis_lite.models.blip2_qformer import Blip2QFormer
+from lavis_lite.tasks import rerank
+from lavis_lite.tasks.base import EvalArgs
+from lavis_lite.tasks.feature_spool import FeatureSpool
+from lavis_lite.tasks.gallery import Gallery
+from lavis_lite.tasks.rerank import match_candidates
+from tests.retrieval_world import WORDS, Matcher
+
+
+def gallery_of(embeds: Tensor, tokens: object, texts: list[str], similarity: Tensor) -> Gallery:
+    spool = FeatureSpool(len(embeds))
+    spool.append(embeds)
+    return Gallery(
+        rows=list(range(len(embeds))),
+        texts=texts,
+        image_of_text=torch.arange(len(texts)) % len(embeds),
+        similarity=similarity,
+        tokens=tokens,
+        text_lengths=tokens.attention_mask.sum(dim=1),  # type: ignore[attr-defined]
+        mine=torch.arange(len(embeds)),
+        embeds=spool,
+        unreadable=0,
+    )
+
+
+@pytest.mark.parametrize("images_a_block", [2, 100])
+@torch.inference_mode()
+def test_candidates_score_as_pairs_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images_a_block: int
+) -> None:
+    """The model's own halves of a pair against its whole, one pair at a time and nothing shared."""
+    torch.manual_seed(0)
+    model = Blip2QFormer.from_config(tiny_config(write_tokenizer(tmp_path))).eval()
+    enlarge_weights(model, std=0.3)
+    draw = torch.Generator().manual_seed(1)
+    words = ["red", "blue", "dog", "cat", "mat", "big", "small"]
+    texts = [
+        " ".join(words[int(w)] for w in torch.randint(7, (1 + number % 8,), generator=draw))
+        for number in range(17)
+    ]
+    images = torch.randn(5, 3, 16, 16, generator=draw)
+    embeds = model.encode_image(images)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", embeds[0].numel() * images_a_block)
+    monkeypatch.setattr(rerank, "TEXT_BLOCK", 6)
+    monkeypatch.setattr(rerank, "MAX_PAIRS", 4)
+    similarity = torch.randn(5, 17, generator=draw)
+    gallery = gallery_of(embeds, model.tokenize(texts), texts, similarity)
+    found = match_candidates(model, gallery, 3, EvalArgs())
+    one_by_one = torch.stack(
+        [
+            torch.cat([model.match_logits(embeds[i : i + 1], model.tokenize([text])) for text in texts])
+            for i in range(5)
+        ]
+    )
+    assert one_by_one.std(dim=(0, 1)).min() > 0.1  # else any pair's score would do for another's
+    assert found.texts.equal(similarity.topk(3, dim=1).indices)
+    assert found.images.equal(similarity.T.topk(3, dim=1).indices)
+    for image, row in enumerate(found.texts):
+        torch.testing.assert_close(found.text_logits[image], one_by_one[image, row], rtol=0, atol=1e-4)
+    for text, row in enumerate(found.images):
+        torch.testing.assert_close(found.image_logits[text], one_by_one[row, text], rtol=0, atol=1e-4)
+
+
+def test_images_that_share_their_texts_share_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four kinds of images, one after the other, each with texts of its own: every text is begun once."""
+    kinds, each = 4, 6
+    draw = torch.Generator().manual_seed(0)
+    kind_of_image = torch.arange(kinds * each) % kinds
+    kind_of_text = torch.arange(kinds * each * 2) % kinds
+    similarity = (kind_of_image[:, None] == kind_of_text).float()
+    similarity += torch.rand(similarity.shape, generator=draw) / 10
+    texts = [f"{WORDS[number % 40]} {WORDS[number // 40]}" for number in range(len(kind_of_text))]
+    embeds = torch.randn(len(kind_of_image), 4, 12, generator=draw)
+    model = Matcher()
+    gallery = gallery_of(embeds, model.tokenize(texts), texts, similarity)
+    with torch.inference_mode():
+        monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * each)
+        together = match_candidates(model, gallery, 5, EvalArgs())
+        assert model.texts_projected == len(texts)
+        monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48)
+        alone = match_candidates(model, gallery, 5, EvalArgs())
+    torch.testing.assert_close(together.text_logits, alone.text_logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(together.image_logits, alone.image_logits, rtol=0, atol=1e-6)
