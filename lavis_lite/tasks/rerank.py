@@ -83,17 +83,19 @@ def pair_scores(
 
 def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: Any) -> tuple[Tensor, Tensor]:
     """Sorted keys image * M + text of all wanted pairs, and their logits [pairs, 2]."""
-    keys, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
     own = gallery.mine[gallery.mine >= 0]
     total = sum(int(wanted[part].sum()) for part in own.split(256))
+    # One piece each: thousands of small ones, kept between large ones that come and go, scattered the heap, so that
+    # 300 images at 364 pixels grew to 6 GB.
+    keys, logits = torch.empty(total, dtype=torch.long), torch.empty(total, 2)
     with ProgressDisplay(total, 0, shown=dist.is_main(), unit="pair") as progress:
         for block in _image_blocks(gallery, wanted):
             for some_keys, some_logits in _score_images(model, gallery, wanted, block, loader_args):
-                keys.append(some_keys)
-                logits.append(some_logits)
-                progress.advance(progress.done + len(some_keys))
+                done = progress.done + len(some_keys)
+                keys[progress.done : done], logits[progress.done : done] = some_keys, some_logits
+                progress.advance(done)
                 progress.show({})
-    parts = dist.gather_objects((torch.cat(keys), torch.cat(logits)))
+    parts = dist.gather_objects((keys, logits))
     all_keys = torch.cat([part[0] for part in parts])
     order = all_keys.argsort()
     return all_keys[order], torch.cat([part[1] for part in parts])[order]
