@@ -129,6 +129,54 @@ def test_every_retrieval_evaluation_has_published_numbers() -> None:
     assert files == {f"retrieval_{name}" for name in TABLE_5}
 
 
+# method.md section 7: COCO's BLEU-4 and CIDEr, NoCaps' CIDEr and SPICE, in per cent.
+TABLE_3 = {
+    "opt2.7b": (43.7, 145.8, 119.7, 15.4),
+    "opt6.7b": (43.5, 145.2, 121.0, 15.3),
+    "flant5xl": (42.4, 144.5, 121.6, 15.8),
+}
+
+
+@pytest.mark.parametrize("llm", TABLE_3)
+def test_captioning_evaluations_expect_the_papers_numbers(llm: str) -> None:
+    found: list[float] = []
+    for data, metrics in (
+        ("coco_caption", ("test/bleu_4", "test/cider")),
+        ("nocaps", ("val/cider", "val/spice")),
+    ):
+        config = load_config(PAPER / f"eval/{data}_{llm}.yaml")
+        assert config.expected is not None and tuple(config.expected.metrics) == metrics
+        assert list(config.datasets) == [data] and config.model["model_type"] == f"caption_coco_{llm}"
+        assert (config.task["num_beams"], config.task["max_new_tokens"], config.task["min_length"]) == (
+            5,
+            30,
+            8,
+        )
+        found += config.expected.metrics.values()
+    assert found == pytest.approx([value / 100 for value in TABLE_3[llm]])
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "checkpoint"),
+    [
+        ("retrieval", "stage 1", "pretrain_stage1"),
+        ("retrieval_ft", "fine-tuned by ITC, ITM and ITG", "retrieval_ft"),
+    ],
+)
+def test_retrieval_on_the_embedded_world_expects_what_results_say(
+    name: str, arm: str, checkpoint: str
+) -> None:
+    config = load_config(REPOSITORY / f"projects/blip2/eval/{name}.yaml")
+    rows = (REPOSITORY / "docs/results.md").read_text().split("### Retrieval fine-tuning")[1].splitlines()
+    row = next(line for line in rows if line.startswith(f"| {arm} |"))
+    means = [float(cell.split("±")[0]) for cell in row.split("|")[2:-1]]
+    names = [f"test/{by}/{way}_r1" for by in ("itc", "rerank") for way in ("tr", "ir")]
+    assert config.expected is not None
+    assert config.expected.metrics == dict(zip(names, means, strict=True))
+    assert config.task == {"name": "retrieval"}  # all arms were re-ranked by the task of retrieval_ft.yaml
+    assert config.run.checkpoint == f"output/{checkpoint}" and config.run.test_splits == ("test",)
+
+
 @pytest.mark.parametrize("name", TABLE_5)
 def test_retrieval_evaluations_ask_and_expect_what_was_published(name: str) -> None:
     config = load_config(PAPER / f"eval/retrieval_{name}.yaml")
