@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def write_of_rank(found: Any) -> None:
 def main() -> None:
     dist.init()
     task = ImageTextPretrainTask(k_test=5, loss_batch_size=4)
-    args = EvalArgs(batch_size=3, max_bad_fraction=0.5)
+    args = EvalArgs(batch_size=3, max_bad_fraction=0.5, folder=Path(sys.argv[1]) / "evaluation")
     found = []
     for size in (23, 1):
         data = Pictures(size, unreadable=(4, 11) if size > 1 else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from lavis_lite.tasks import rerank
 from lavis_lite.tasks.base import EvalArgs
 from lavis_lite.tasks.feature_spool import FeatureSpool
 from lavis_lite.tasks.gallery import Gallery
+from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.rerank import match_candidates
-from tests.retrieval_world import WORDS, Matcher
+from tests.retrieval_world import WORDS, Matcher, Pictures
 
 
 def gallery_of(embeds: Tensor, tokens: object, texts: list[str], similarity: Tensor) -> Gallery:
@@ -92,3 +94,74 @@ def test_images_that_share_their_texts_share_a_block(monkeypatch: pytest.MonkeyP
         alone = match_candidates(model, gallery, 5, EvalArgs())
     torch.testing.assert_close(together.text_logits, alone.text_logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(together.image_logits, alone.image_logits, rtol=0, atol=1e-6)
+
+
+class Ended(Matcher):
+    """Is ended, as by a signal, before so many pairs are scored."""
+
+    ends_at = 1 << 30
+
+    def match_logits(self, images: Any, texts: Any) -> Tensor:
+        if self.pairs_seen + len(texts.input_ids) >= self.ends_at:
+            raise KeyboardInterrupt
+        return super().match_logits(images, texts)
+
+
+def evaluated(model: Matcher, folder: Path, *, data: Pictures | None = None, k: int = 5) -> dict[str, float]:
+    task = ImageTextPretrainTask(k_test=k, loss_batches=0)
+    args = EvalArgs(batch_size=5, folder=folder, label="test")
+    return task.evaluate(model, data or Pictures(), loader_args=args).metrics
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
+    """An evaluation of six blocks was ended in its last batch; how many pairs it takes as a whole."""
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    monkeypatch.setattr(rerank, "MAX_PAIRS", 8)
+    whole = Matcher()
+    evaluated(whole, tmp_path / "whole")
+    assert not (tmp_path / "whole" / "rerank_test").exists()
+    model = Ended()
+    model.ends_at = whole.pairs_seen
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, tmp_path)
+    assert len(list((tmp_path / "rerank_test").iterdir())) == 5
+    return whole.pairs_seen
+
+
+def test_the_same_evaluation_goes_on_where_it_was_ended(ended: int, tmp_path: Path) -> None:
+    model = Matcher()
+    metrics = evaluated(model, tmp_path)
+    assert 0 < model.pairs_seen < ended / 2
+    assert metrics == evaluated(Matcher(), tmp_path / "whole")
+    assert not (tmp_path / "rerank_test").exists()
+
+
+def test_fewer_candidates_use_what_is_there(ended: int, tmp_path: Path) -> None:
+    assert evaluated(Matcher(), tmp_path, k=3) == evaluated(Matcher(), tmp_path / "whole", k=3)
+
+
+@pytest.mark.parametrize("changed", ["head", "picture", "caption"])
+def test_another_model_or_other_data_start_anew(ended: int, tmp_path: Path, changed: str) -> None:
+    model, data = Matcher(), Pictures()
+    if changed == "head":
+        with torch.no_grad():
+            model.match.bias += 0.5
+    elif changed == "picture":
+        data.pixels[3] += 0.01
+    else:
+        data.texts[3][0] += " w1"
+    evaluated(model, tmp_path, data=data)
+    assert model.pairs_seen > ended / 2
+
+
+def test_a_full_disk_does_not_end_the_evaluation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lavis_lite.tasks.rerank_journal.atomic_write", full)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    assert evaluated(Matcher(), tmp_path)["num_images"] == 23
+    assert capsys.readouterr().err.count("scores are not kept while they are made: [Errno 28]") == 1

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common import dist
-from lavis_lite.common.logging import ProgressDisplay
+from lavis_lite.common.logging import ProgressDisplay, get_logger
 from lavis_lite.tasks.gallery import Gallery, MatchingModel, texts_at
+from lavis_lite.tasks.rerank_journal import PairJournal
+
+logger = get_logger(__name__)
 
 FORMS = ("sum", "itm", "lavis")
 
@@ -88,17 +91,36 @@ def _score(model: MatchingModel, gallery: Gallery, wanted: Tensor, loader_args: 
     # One piece each: thousands of small ones, kept between large ones that come and go, scattered the heap, so that
     # 300 images at 364 pixels grew to 6 GB.
     keys, logits = torch.empty(total, dtype=torch.long), torch.empty(total, 2)
-    with ProgressDisplay(total, 0, shown=dist.is_main(), unit="pair") as progress:
+    journal = PairJournal(model, gallery, loader_args)
+    done = _take_known(journal, wanted, keys, logits)
+    with ProgressDisplay(total, done, shown=dist.is_main(), unit="pair") as progress:
         for block in _image_blocks(gallery, wanted):
+            first = done
             for some_keys, some_logits in _score_images(model, gallery, wanted, block, loader_args):
-                done = progress.done + len(some_keys)
-                keys[progress.done : done], logits[progress.done : done] = some_keys, some_logits
+                new = slice(done, done + len(some_keys))
+                keys[new], logits[new] = some_keys, some_logits
+                done = new.stop
                 progress.advance(done)
                 progress.show({})
+            journal.add(keys[first:done], logits[first:done])
     parts = dist.gather_objects((keys, logits))
+    journal.remove()
     all_keys = torch.cat([part[0] for part in parts])
     order = all_keys.argsort()
     return all_keys[order], torch.cat([part[1] for part in parts])[order]
+
+
+def _take_known(journal: PairJournal, wanted: Tensor, keys: Tensor, logits: Tensor) -> int:
+    """Put the pairs that are in the journal first, where they are wanted, and want them no more; their number."""
+    known_keys, known_logits = journal.load()
+    images, texts = known_keys // wanted.shape[1], known_keys % wanted.shape[1]
+    still = wanted[images, texts]
+    count = int(still.sum())
+    keys[:count], logits[:count] = known_keys[still], known_logits[still]
+    wanted[images, texts] = False
+    if count:
+        logger.info("going on: %d of %d pairs are scored", count, len(keys))
+    return count
 
 
 def _image_blocks(gallery: Gallery, wanted: Tensor) -> list[Tensor]:
@@ -110,6 +132,7 @@ def _image_blocks(gallery: Gallery, wanted: Tensor) -> list[Tensor]:
         raise ValueError("a gallery without features can't be re-ranked: encode it with keep_features")
     # Twins of an image already met have position -1, and no pairs of their own.
     left = (gallery.mine >= 0).nonzero().squeeze(1)
+    left = left[wanted.any(dim=1)[gallery.mine[left]]]
     size = max(1, IMAGE_BLOCK // gallery.embeds.row_numel) if len(left) else 1
     if size == 1:
         return list(left.split(1)) if len(left) else []
