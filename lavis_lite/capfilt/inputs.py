@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import RecordTable, Source, open_records
 from lavis_lite.datasets.shard_rows import SampleForm
-from lavis_lite.datasets.shard_stream import _reason as reason_of
 from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
 from lavis_lite.datasets.tar_members import Sample, read_member, samples_of
+from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples
 
 
 @dataclass(frozen=True)
@@ -222,33 +221,15 @@ class _Stream:
         self.damage: str | None = None
 
     def __iter__(self) -> Iterator[Item]:
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-
-        local = is_local(self.url)
         try:
-            with contextlib.closing(self._stream(local)) as stream:
-                members = tar_file_expander([{"url": self.url, "stream": stream}])
-                for sample in group_by_keys(members):
-                    yield self._item(sample)
-                while stream.read(1 << 16):  # a command whose end nobody reads would fail for that
-                    pass
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            if not local:
-                raise DataError(f"{self.url}: the stream broke off: {reason_of(error)}") from error
-            self.damage = reason_of(error)
+            for key, members in stream_samples(self.url):
+                yield _item(self.url, key, members, members.__getitem__, self.form)
+        except BrokenStream as error:
+            if not is_local(self.url):
+                raise DataError(f"{self.url}: can't be read: {error}") from error
+            self.damage = str(error)
         except OSError as error:
-            raise DataError(f"{self.url}: can't be read: {error.strerror or reason_of(error)}") from error
-
-    def _stream(self, local: bool) -> Any:
-        if local:
-            return open(self.url, "rb")
-        from webdataset import gopen
-
-        return gopen(self.url)
-
-    def _item(self, sample: Mapping[str, Any]) -> Item:
-        members = {suffix: content for suffix, content in sample.items() if not suffix.startswith("__")}
-        return _item(self.url, str(sample["__key__"]), members, members.__getitem__, self.form)
+            raise DataError(f"{self.url}: can't be read: {error.strerror or error}") from error
 
 
 def _item(

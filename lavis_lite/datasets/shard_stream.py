@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from lavis_lite.datasets.order import AUGMENT, ORDER, REPLACE, hashed, permuted,
 from lavis_lite.datasets.readers import Row
 from lavis_lite.datasets.records import number_of
 from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Raw(NamedTuple):
     ordinal: int
     number: int
     url: str
-    members: dict[str, Any]
+    key: str
+    members: dict[str, bytes]
 
 
 class Taken(NamedTuple):
@@ -140,31 +141,19 @@ class ShardStream:
 
         first: the ordinal that the first of them has.
         """
-        import webdataset as wds
-
         for ordinal, shard in enumerate(shards, first):
             url = self.urls[shard]
-
-            def note(error: Exception, url: str = url) -> bool:
-                failures.append((url, _reason(error)))
-                return True
-
-            samples = wds.WebDataset(
-                [url],
-                shardshuffle=False,
-                nodesplitter=None,
-                workersplitter=None,
-                handler=note,
-                empty_check=False,
-            )
-            for number, members in enumerate(samples):
-                yield Raw(shard, ordinal, number, url, members)
+            try:
+                for number, sample in enumerate(stream_samples(url)):
+                    yield Raw(shard, ordinal, number, url, *sample)
+            except (BrokenStream, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else None
+                failures.append((url, reason or str(error)))
 
     def row(self, raw: Raw) -> Row:
         """What a sample's members tell, with its place (address and key) for a path."""
-        place = f"{raw.url}, sample {raw.members['__key__']}"
-        members = {key: value for key, value in raw.members.items() if not key.startswith("__")}
-        return self.form.row(place, place, members, lambda extension: members[extension])
+        place = f"{raw.url}, sample {raw.key}"
+        return self.form.row(place, place, raw.members, raw.members.__getitem__)
 
     def load(self, raw: Raw, *, seed: int) -> dict[str, Any]:
         """One processed sample, as of `ImageTextDataset.load`; `index` counts shards in its upper 32 bits.
@@ -294,17 +283,3 @@ def start_places(
         epoch,
     )
     return {key: Position(epoch) for key in keys}
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without the objects that webdataset adds to the arguments of an exception."""
-    text = " ".join(str(error.args[0] if error.args else "").split()) or type(error).__name__
-    waits = [arg.wait_for_child for arg in error.args if hasattr(arg, "wait_for_child")]
-    for wait in waits if text == "empty file" else []:
-        # What the command has to say of it comes after the end of its output.
-        try:
-            wait()
-        except OSError as failed:
-            text = str(failed)
-    failed_with = re.search(r"exit (-?\d+) \(read\)", text)
-    return f"its command ended with exit code {failed_with[1]}" if failed_with else text.split(" @ <")[0]

@@ -59,6 +59,11 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
+def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """`split_name` of a member; None for one that belongs to no sample."""
+    return split_name(member.name) if member.isreg() and not _META.match(member.name) else None
+
+
 def read_member(address: Address) -> bytes:
     """A member's bytes.
 
@@ -86,8 +91,8 @@ def samples_of(path: Path) -> Iterator[Sample]:
     """
     size, current = os.path.getsize(path), None
     for member in _members(path):
-        named = split_name(member.name) if member.isreg() else None
-        if named is None or _META.match(member.name):
+        named = key_and_extension(member)
+        if named is None:
             continue
         if member.offset_data + member.size > size:
             yield from [current] if current else []
