@@ -232,6 +232,20 @@ def test_addresses_and_commands_give_what_files_give(pattern: str, address: str)
         assert captions(take(TrainLoader([build(other, stream=None)], batch_size=6), 7)) == local
 
 
+def test_local_shards_and_streams_are_not_mixed_unless_all_are_streamed(tmp_path: Path) -> None:
+    write_shards(tmp_path, 2, SAMPLES)
+    one, two = tmp_path / "00000.tar", tmp_path / "00001.tar"
+    joined = f"{one}::pipe:cat {two}"
+    for mixed_ones in (joined, [str(one), f"pipe:cat {two}"], f"{tmp_path}/{{00000.tar,00001.tar.gz}}"):
+        with pytest.raises(
+            ConfigError, match=r"shards mixes local \.tar files \('.*00000\.tar'\).*stream=true"
+        ):
+            build(mixed_ones, stream=None)  # type: ignore[arg-type]
+    streamed = build(joined, samples=2 * SAMPLES, shuffle=1)
+    assert streamed.urls == [str(one), f"pipe:cat {two}"]
+    assert sorted(drawn(StreamReader(streamed, seed=0, reader=0, readers=1), 14)) == list(range(14))
+
+
 def test_compressed_tars_are_streamed(pattern: str, tmp_path: Path) -> None:
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.with_suffix(".tar.gz").write_bytes(gzip.compress(shard.read_bytes()))

@@ -18,7 +18,7 @@ from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Record, RecordTable, Source
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_stream import ShardStream
-from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
+from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar, names
 from lavis_lite.datasets.shards import ShardSource
 from lavis_lite.datasets.tar_members import Address, read_member
 from lavis_lite.datasets.vqa import QuestionDataset
@@ -59,7 +59,12 @@ class ShardSplitConfig:
     @property
     def streamed(self) -> bool:
         """Whether it is read as a stream."""
-        return bool(self.stream) or any(not is_local_tar(pattern) for pattern in self.patterns)
+        return bool(self.stream) or not all(map(is_local_tar, self.names))
+
+    @property
+    def names(self) -> list[str]:
+        """What the patterns name; see `shard_urls.names`."""
+        return [name for pattern in self.patterns for name in names(pattern)]
 
     def check(self, where: str) -> None:
         """Raise ConfigError for keys that don't go together."""
@@ -74,6 +79,13 @@ class ShardSplitConfig:
             return
         if self.stream is False:
             raise ConfigError(f"{where}.stream=false: only local .tar files can be read at random")
+        at_random = next(filter(is_local_tar, self.names), None)
+        if self.stream is None and at_random is not None:
+            other = next(name for name in self.names if not is_local_tar(name))
+            raise ConfigError(
+                f"{where}.shards mixes local .tar files ('{at_random}'), which are read at random, with streams "
+                f"('{other}'): give each a dataset of its own, mixed by `ratio`, or set {where}.stream=true"
+            )
         if self.samples is None or self.samples < 1:
             raise ConfigError(
                 f"{where}.samples: how many samples a stream's shards hold isn't known before they are read; set it "
@@ -164,7 +176,11 @@ class ShardBuilder(ImageTextBuilder):
         """The shards of a split: addresses as they are, local ones with the paths where they were found."""
         found: list[str] = []
         for pattern in config.patterns:
-            found += self._local(pattern, key) if is_local(pattern) else expand(pattern)
+            if all(map(is_local, names(pattern))):
+                found += self._local(pattern, key)
+            else:
+                for name in names(pattern):
+                    found += self._local(name, key) if is_local(name) else [name]
         return list(dict.fromkeys(found))
 
     def _local(self, pattern: str, key: str) -> list[str]:

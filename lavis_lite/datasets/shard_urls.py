@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 
-def is_local(pattern: str) -> bool:
-    """Whether shards are files of this machine, and not addresses or commands."""
-    return "://" not in pattern and not pattern.startswith("pipe:")
+def is_local(url: str) -> bool:
+    """Whether one shard is a file of this machine, and not an address or a command."""
+    return "://" not in url and not url.startswith("pipe:")
 
 
-def is_local_tar(pattern: str) -> bool:
-    """Whether shards can be read at random: uncompressed local tars."""
-    return is_local(pattern) and pattern.endswith(".tar")
+def is_local_tar(url: str) -> bool:
+    """Whether one shard can be read at random: an uncompressed local tar."""
+    return is_local(url) and url.endswith(".tar")
 
 
 def expand(pattern: str, folder: Path = Path()) -> list[str]:
@@ -26,16 +26,24 @@ def expand(pattern: str, folder: Path = Path()) -> list[str]:
     """
     if is_local(pattern) and (folder / pattern).is_file():  # whatever signs are in its name
         return [str(folder / pattern)]
-    return [path for one in pattern.split("::") for path in _expand_one(one, folder)]
+    return [
+        path
+        for name in names(pattern)
+        for path in (_expand_stars(folder, name) if is_local(name) else [name])
+    ]
 
 
-def _expand_one(pattern: str, folder: Path) -> list[str]:
+def names(pattern: str) -> list[str]:
+    """What a pattern names, with all but *, ? and [ expanded; looks at no file."""
+    return [name for one in pattern.split("::") for name in _braces(one)]
+
+
+def _braces(pattern: str) -> list[str]:
     import webdataset as wds
 
-    local = is_local(pattern)
-    pattern = os.path.expanduser(os.path.expandvars(pattern)) if local else pattern
-    names: list[str] = wds.SimpleShardList(pattern).urls
-    return [path for name in names for path in _expand_stars(folder, name)] if local else names
+    pattern = os.path.expanduser(os.path.expandvars(pattern)) if is_local(pattern) else pattern
+    expanded: list[str] = wds.SimpleShardList(pattern).urls
+    return expanded
 
 
 def _expand_stars(folder: Path, name: str) -> list[str]:
