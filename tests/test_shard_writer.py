@@ -251,6 +251,48 @@ def test_check_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no shard" in capsys.readouterr().err
 
 
+def test_check_says_of_streams_what_it_says_of_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_one(number: int) -> dict[str, bytes]:
+        wrong = {
+            1: {"jpg": jpeg(1)},
+            4: {"jpg": b"no picture", "txt": b"one"},
+            5: {"jpg": jpeg(5), "txt": b""},
+        }
+        return wrong.get(number, sample(number))
+
+    write_shards(tmp_path, 2, 4, make=make_one)
+    with tarfile.open(tmp_path / "00000.tar", "a") as tar:  # the first key again
+        info = tarfile.TarInfo("000000000.txt")
+        tar.addfile(info, io.BytesIO(b""))
+    local, streamed = f"{tmp_path}/{{00000..00001}}.tar", f"pipe:cat {tmp_path}/{{00000..00001}}.tar"
+    for options in ([], ["--deep"], ["--deep", "--workers", "2"], ["--caption-field", "alt"]):
+        told = []
+        for pattern in (local, streamed):
+            assert check(pattern, *options) == 1
+            told.append(capsys.readouterr().out.replace("pipe:cat ", ""))
+        assert told[0] == told[1]
+        if "--caption-field" not in options:  # which leaves more to say than is shown
+            assert "sample 000000000: its key comes 2 times" in told[0]
+        assert ("sample 000000004: not a picture" in told[0]) == ("--deep" in options)
+    assert "9 samples, 1 captions, 9 bad samples" in told[0]  # that of a .txt
+
+
+def test_check_reads_captions_from_the_field_that_training_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_one(number: int) -> dict[str, bytes]:
+        return {"jpg": jpeg(number), "json": b'{"alt": "a dog"}'}
+
+    pattern = write_shards(tmp_path, 1, 3, make=make_one)
+    assert check(pattern) == 1
+    capsys.readouterr()
+    for one in (pattern, f"pipe:cat {pattern}", f"{pattern}::pipe:cat {pattern}"):
+        assert check(one, "--caption-field", "alt") == 0
+        assert "3 captions, 0 bad samples" in capsys.readouterr().out or "::" in one
+
+
 def test_check_compares_with_the_index(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,8 +75,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "patterns", nargs="+", metavar="PATTERN", help="'shards/{00000..00099}.tar', 'a/*.tar', ..."
     )
-    parser.add_argument("--deep", action="store_true", help="decode every picture, compare checksums")
+    parser.add_argument(
+        "--deep", action="store_true", help="decode every picture, compare local shards' checksums"
+    )
     parser.add_argument("--image", metavar="EXT", help="the extension of the picture's member")
+    parser.add_argument(
+        "--caption-field", metavar="NAME", help="of the .json, as the configuration's fields.caption"
+    )
     parser.add_argument("--workers", type=int, metavar="K", help="processes")
     parser.add_argument(
         "--readers", type=int, metavar="R", help="ranks x loader workers that will stream them"
@@ -83,10 +90,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from lavis_lite.datasets.readers import Fields
     from lavis_lite.datasets.shard_rows import SampleForm
 
+    form = SampleForm(image=args.image, fields=Fields(caption=args.caption_field))
     total = good = samples = captions = bad = 0
-    for report in _reports(args.patterns, SampleForm(image=args.image), deep=args.deep, workers=args.workers):
+    for report in _reports(args.patterns, form, deep=args.deep, workers=args.workers):
         total, good = total + 1, good + report.good
         samples, captions, bad = samples + report.samples, captions + report.captions, bad + len(report.bad)
         for line in _lines(report):
@@ -113,12 +122,12 @@ def _reports(
 
     for pattern in patterns:
         found = expand(pattern)
-        if not all(map(is_local_tar, found)):
-            yield from check_streams(found, form)
-            continue
-        if not any(Path(path).is_file() for path in found):
+        local = [path for path in found if is_local_tar(path)]
+        if local and not any(map(os.path.isfile, local)):
             raise DataError(f"no shard '{pattern}'")
-        yield from check_shards(found, form, deep=deep, workers=workers)
+        for at_random, some in itertools.groupby(found, is_local_tar):
+            look = check_shards if at_random else check_streams
+            yield from look(list(some), form, deep=deep, workers=workers)
 
 
 def _lines(report: Report) -> list[str]:

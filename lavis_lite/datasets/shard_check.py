@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.images import read_image
+from lavis_lite.datasets.images import decode_image, read_image
 from lavis_lite.datasets.shard_rows import SampleForm
-from lavis_lite.datasets.shard_stream import ShardStream
 from lavis_lite.datasets.shard_writer import read_folder_index
 from lavis_lite.datasets.shards import in_processes, read_index, scan_shard
 from lavis_lite.datasets.tar_members import Address, split_name
+from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples, why
 
 
 class Report(NamedTuple):
@@ -44,23 +41,42 @@ def check_shards(
     return in_processes(partial(_check, form=form, deep=deep), [Path(shard) for shard in shards], workers)
 
 
-def check_streams(urls: Sequence[str], form: SampleForm) -> Iterator[Report]:
-    """A report of each shard that has to be read from beginning to end: addresses, commands, compressed tars."""
-    stream = ShardStream(
-        urls, samples=1, shuffle=1, form=form, vis_processor=_nothing, text_processor=str, name="check"
-    )
-    for number, url in enumerate(urls):
-        failures: list[tuple[str, str]] = []
-        bad: list[str] = []
-        samples = captions = 0
-        for raw in stream.raw([number], failures):
-            samples += 1
-            captions += len(stream.row(raw).captions)
-            try:
-                stream.load(raw, seed=0)
-            except UnreadableSample as error:
-                bad.append(f"{error.path.removeprefix(f'{url}, ')}: {error.reason}")
-        yield Report(url, samples, captions, failures[0][1] if failures else None, bad)
+def check_streams(
+    urls: Sequence[str], form: SampleForm, *, deep: bool = False, workers: int | None = None
+) -> Iterator[Report]:
+    """The same of shards that are read from beginning to end: addresses, commands, compressed tars.
+
+    There is nothing to compare them with.
+    """
+    return in_processes(partial(_check_stream, form=form, deep=deep), urls, workers)
+
+
+def _check_stream(url: str, *, form: SampleForm, deep: bool) -> Report:
+    keys: Counter[str] = Counter()
+    bad: list[str] = []
+    undecodable: list[str] = []
+    captions, broken = 0, None
+    try:
+        for sample in stream_samples(url):
+            place = f"sample {sample.key}"
+            row = form.row(place, place, sample.members, sample.members.__getitem__)
+            keys[sample.key] += 1
+            captions += len(row.captions)
+            if row.problem is not None:
+                bad.append(row.problem)
+            elif deep:
+                undecodable += _undecodable_bytes(sample.members[form.picture(sample.members) or ""], place)
+    except (BrokenStream, OSError) as error:
+        broken = why(error)
+    return Report(url, keys.total(), captions, broken, bad + _repeated(keys) + undecodable)
+
+
+def _undecodable_bytes(content: bytes, place: str) -> list[str]:
+    try:
+        decode_image(io.BytesIO(content), place)
+    except UnreadableSample as error:
+        return [str(error)]
+    return []
 
 
 def _check(shard: Path, *, form: SampleForm, deep: bool) -> Report:
@@ -72,8 +88,7 @@ def _check(shard: Path, *, form: SampleForm, deep: bool) -> Report:
         str(rows.pop().problem).removeprefix(f"{shard}: ") if ends else _differs(shard, len(rows), deep=deep)
     )
     bad = [str(row.problem).removeprefix(f"{shard}, ") for row in rows if row.problem is not None]
-    keys = Counter(_key(row.image) for row in rows)
-    bad += [f"sample {key}: its key comes {count} times" for key, count in keys.items() if count > 1]
+    bad += _repeated(Counter(_key(row.image) for row in rows))
     if deep:
         bad += [found for row in rows if row.problem is None for found in _undecodable(shard, row.image)]
     return Report(str(shard), len(rows), sum(len(row.captions) for row in rows), broken, bad)
@@ -97,6 +112,10 @@ def _differs(shard: Path, samples: int, *, deep: bool) -> str | None:
     return None
 
 
+def _repeated(keys: Counter[str]) -> list[str]:
+    return [f"sample {key}: its key comes {count} times" for key, count in keys.items() if count > 1]
+
+
 def _key(image: str) -> str:
     address = Address.parse(image)
     named = split_name(address.name) if address else None
@@ -107,9 +126,5 @@ def _undecodable(shard: Path, image: str) -> list[str]:
     try:
         read_image(shard.parent / image)
     except UnreadableSample as error:
-        return [f"{_key(image)}: {error.reason}"]
+        return [f"sample {_key(image)}: {error.reason}"]
     return []
-
-
-def _nothing(image: Image.Image) -> Tensor:
-    return torch.empty(0)

@@ -28,7 +28,7 @@ from lavis_lite.datasets.order import AUGMENT, ORDER, REPLACE, hashed, permuted,
 from lavis_lite.datasets.readers import Row
 from lavis_lite.datasets.records import number_of
 from lavis_lite.datasets.shard_rows import SampleForm
-from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples
+from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples, why
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,7 @@ class ShardStream:
                 for number, sample in enumerate(stream_samples(url)):
                     yield Raw(shard, ordinal, number, url, *sample)
             except (BrokenStream, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) else None
-                failures.append((url, reason or str(error)))
+                failures.append((url, why(error)))
 
     def row(self, raw: Raw) -> Row:
         """What a sample's members tell, with its place (address and key) for a path."""

@@ -30,6 +30,11 @@ class BrokenStream(Exception):
     """A stream that ends before its tar does, that is none, or whose command failed. Its text is the reason."""
 
 
+def why(error: BrokenStream | OSError) -> str:
+    """The reason for which a stream ended, in a few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class StreamSample(NamedTuple):
     """The members of one key: {extension in lower case: bytes}, in their order."""
 
