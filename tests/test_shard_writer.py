@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,8 @@ from data_helpers import make_jsonl
 from shard_helpers import jpeg, sample, section, write_shards
 
 from lavis_lite.commands.shards import shards_main
+from lavis_lite.common.locks import locked
+from lavis_lite.datasets import shard_writer
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.named import build_named_split
 
@@ -58,7 +61,7 @@ def test_what_goes_in_comes_out(source: Path, tmp_path: Path, capsys: pytest.Cap
     make(source, tmp_path / "out", "--workers", "2")
     assert "23 samples of 23 rows in 5 shards" in capsys.readouterr().out
     names = [f"{number:05}.{suffix}" for number in range(5) for suffix in ("arrow", "tar")]
-    assert sorted(contents(tmp_path / "out")) == sorted([*names, "index.json"])
+    assert sorted(contents(tmp_path / "out")) == sorted([*names, ".lock", "index.json"])
     before, after = build_named_split(str(source), "train"), read_back(tmp_path / "out")
     assert len(after) == 23
     for row in range(23):
@@ -154,6 +157,62 @@ def test_a_killed_run_is_taken_up_again(source: Path, tmp_path: Path) -> None:
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time_ns for name, time_ns in kept.items())
+
+
+def test_a_second_process_on_the_same_folder_is_refused_and_breaks_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-00000.tar-1").write_bytes(b"half of the first one's shard")
+    with locked(out / ".lock", what="is the first one"), pytest.raises(SystemExit) as exit_code:
+        make(source, out)
+    told = capsys.readouterr().err
+    assert exit_code.value.code == 1 and told.count("\n") == 1
+    assert "another process makes shards in" in told and (out / ".tmp-00000.tar-1").is_file()
+    make(source, out)
+    assert not (out / ".tmp-00000.tar-1").exists() and len(list(out.glob("*.tar"))) == 5
+    with pytest.raises(SystemExit):
+        make(source, out / "index.json")
+    assert "a file has that name" in capsys.readouterr().err
+
+
+def test_how_far_it_is_is_told_now_and_then(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "LINE_SECONDS", 0.0)
+    make(source, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 5 shards, " in line]
+    assert len(lines) == 4 and lines[0].endswith(" left")
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = """
+import os, pathlib, sys, time
+from lavis_lite.datasets.shards import in_processes
+def work(number):
+    pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(300)
+list(in_processes(work, range(2), 2))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    deadline = time.monotonic() + 60
+    while len(numbers := [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while any(_runs(number) for number in numbers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(number: int) -> bool:
+    state = Path(f"/proc/{number}/stat")
+    with contextlib.suppress(OSError):
+        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_a_folder_of_something_else_is_refused(

@@ -58,8 +58,10 @@ def _make(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     # That other splits are left out is no news here.
-    logging.getLogger("lavis_lite.datasets").setLevel(logging.WARNING)
+    quiet = logging.getLogger("lavis_lite.datasets")
+    quiet.setLevel(logging.WARNING)
     dataset = build_named_split(args.dataset, args.split, args.options)
+    quiet.setLevel(logging.NOTSET)
     plan = plan_of(dataset, split=args.split, samples_per_shard=args.samples_per_shard, shuffle=args.shuffle)
     written = make_shards(dataset, plan, Path(args.out), workers=args.workers)
     samples = sum(one.samples for one in written)

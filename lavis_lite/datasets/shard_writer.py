@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,6 +20,8 @@ from torch import Tensor
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
+from lavis_lite.common.locks import Busy, locked
+from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.images import SUFFIXES, read_bytes
@@ -25,6 +30,12 @@ from lavis_lite.datasets.records import Record
 from lavis_lite.datasets.shards import in_processes, read_index, write_index
 from lavis_lite.datasets.tar_members import Address, split_name
 
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+LINE_SECONDS = 10.0
+# Workers of a process that was killed hold its lock until they notice.
+GRACE_SECONDS = 3.0
 # Of all shards in a folder, in the form of webdataset's wids library.
 INDEX_FILE = "index.json"
 
@@ -91,19 +102,54 @@ def make_shards(dataset: ImageTextDataset, plan: Plan, out: Path, *, workers: in
 
     Pictures are copied byte by byte; what is known of a row goes into its .json. The shards don't depend on `workers`.
 
-    Raises ConfigError when the folder holds shards of another plan, DataError when a worker dies.
+    Raises ConfigError when the folder holds shards of another plan, DataError when a worker dies or another process
+    writes there.
     """
-    _claim(plan, out)
     # Processors stay here: they aren't needed, and a user's own may not pickle.
     bare = ImageTextDataset(dataset.parts, vis_processor=_unused, text_processor=str, name=dataset.name)
-    try:
-        written = list(in_processes(partial(_write, bare, plan, out), range(plan.shards), workers))
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, perhaps for want of memory: what is complete stays, and the same command goes on"
-        ) from error
-    atomic_write(out / INDEX_FILE, json.dumps(_index(plan, written), indent=1) + "\n")
+    with _alone(out):
+        _claim(plan, out)
+        try:
+            shards = in_processes(partial(_write, bare, plan, out), range(plan.shards), workers)
+            written = list(_told(shards, plan.shards))
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker was killed, perhaps for want of memory: what is complete stays, and the same command goes on"
+            ) from error
+        atomic_write(out / INDEX_FILE, json.dumps(_index(plan, written), indent=1) + "\n")
     return written
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Make the folder, and let no other process write shards there meanwhile; DataError while one does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"--out: can't make the folder '{out}': a file has that name") from error
+    with contextlib.ExitStack() as locks:
+        deadline = time.monotonic() + GRACE_SECONDS
+        while True:
+            try:
+                locks.enter_context(locked(out / LOCK_FILE, what=f"makes shards in '{out}'", wait=False))
+                break
+            except Busy as error:
+                if time.monotonic() > deadline:
+                    raise DataError(f"{error}: wait for it to end, or use another --out") from error
+            time.sleep(0.1)
+        yield
+
+
+def _told(shards: Iterable[Written], total: int) -> Iterator[Written]:
+    """The shards as they come, with a line now and then of how far it is; those that were there take no time."""
+    began = last = time.monotonic()
+    for done, shard in enumerate(shards, 1):
+        yield shard
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS and done < total:
+            last = now
+            left = duration((now - began) / done * (total - done))
+            logger.info("%d of %d shards, %s left", done, total, left)
 
 
 def _claim(plan: Plan, out: Path) -> None:

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -154,6 +155,18 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int 
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool:
         for start in range(0, len(items), 8 * count):
             yield from pool.map(function, itertools.islice(items, start, start + 8 * count))
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it is killed: it would wait forever, and hold its locks."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
