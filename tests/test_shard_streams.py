@@ -205,6 +205,26 @@ def test_keys_are_looked_at_before_training(tmp_path: Path) -> None:
         build(pattern)
 
 
+def test_samples_at_fault_are_told_of_before_training_though_others_are_good(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, 5, 10)
+    with warnings_logged() as lines:
+        build(pattern)
+    assert not lines
+    (tmp_path / "00004.tar").unlink()
+    with_half = write_shards(
+        tmp_path / "half",
+        2,
+        10,
+        make=lambda number: {**sample(number), **({"json": b"{}"} if number % 2 else {})},
+    )
+    with warnings_logged() as lines:
+        build(f"pipe:cat {with_half}")
+        build(f"pipe:cat {pattern} 2> /dev/null")
+    assert "'web': 8 of 16 samples at the beginning of 2 shards can't be used (50%), for example " in lines[0]
+    assert lines[0].endswith("half/00000.tar, sample 000000001: no caption in its .json or .txt")
+    assert "'web': 1 of 17 samples at the beginning of 3 shards" in lines[1] and "exit code 1" in lines[1]
+
+
 def test_a_stream_does_not_evaluate(pattern: str) -> None:
     with pytest.raises(ConfigError, match="a stream is for training"):
         eval_loader(build(pattern), batch_size=2)  # type: ignore[arg-type]

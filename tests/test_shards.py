@@ -288,3 +288,37 @@ def test_patterns_stand_for_the_same_shards_everywhere(
     assert expand("9*.tar", folder) == [str(folder / "9*.tar")] and expand("9.tar") == ["9.tar"]
     assert expand("pipe:cat ~/{0..1}.tar", folder) == ["pipe:cat ~/0.tar", "pipe:cat ~/1.tar"]
     assert expand("https://x/{0..1}.tar::a.tar", folder)[1:] == ["https://x/1.tar", str(folder / "a.tar")]
+
+
+def test_rows_known_to_be_unusable_are_told_of_or_end_the_run_before_it_begins(tmp_path: Path) -> None:
+    def make(number: int) -> dict[str, bytes]:
+        return {**sample(number), **({} if number % 6 == 0 else {"json": b"{}"})}
+
+    data = build(write_shards(tmp_path / "most", 2, 60, make=make))
+    assert data.problems()[0] == 100
+    with pytest.raises(
+        DataError, match=r"'web': 100 of 120 rows \(83\.3%\) can't be used, .*no caption .*fraction=0\.01"
+    ):
+        TrainLoader([data], batch_size=4)
+    with warnings_logged() as lines:
+        TrainLoader([data], batch_size=4, max_bad_fraction=0.9)
+        TrainLoader([data], batch_size=4, max_bad_fraction=0.9, rank=1, world_size=2)
+    assert len(lines) == 1 and "100 of 120 rows (83.3%) can't be used" in lines[0]
+    # A mix that hardly draws it is as good as its draws are.
+    good = build_datasets({"good": section(write_shards(tmp_path / "good", 1, 120))})["good"]["train"]
+    with pytest.raises(DataError):
+        TrainLoader([data, good], [1, 1], batch_size=4, max_bad_fraction=0.2)
+    TrainLoader([data, good], [1, 9], batch_size=4, max_bad_fraction=0.2)
+
+
+def test_samples_without_a_question_are_told_of(tmp_path: Path) -> None:
+    def make(number: int) -> dict[str, bytes]:
+        about = {"question": "what?", "answers": ["a"]} if number % 2 else {"caption": "a dog"}
+        return {"jpg": jpeg(number), "json": json.dumps(about).encode()}
+
+    pattern = write_shards(tmp_path, 1, 16, make=make)
+    with warnings_logged() as lines:
+        build_datasets({"asked": {"builder": "vqa_shards", "train": {"shards": pattern}}})
+    assert (
+        len(lines) == 1 and "'asked': 8 of 16 samples looked up in" in lines[0] and "no question" in lines[0]
+    )

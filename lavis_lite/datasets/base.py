@@ -42,6 +42,15 @@ class Rows(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsProblems(Protocol):
+    """Rows of which some are known to be unusable before they are read."""
+
+    def problems(self) -> tuple[int, str | None]:
+        """How many, and why one of them is."""
+        ...
+
+
 class MapDataset(Rows, Protocol):
     """What builders give: rows, and what evaluations and reports show of them."""
 

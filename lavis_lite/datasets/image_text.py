@@ -138,6 +138,11 @@ class ImageTextDataset:
         """The row's picture in RGB, unprocessed; raises UnreadableSample."""
         return self._picture(self.image_path(index))
 
+    def problems(self) -> tuple[int, str | None]:
+        """How many rows can't be used, as far as their tables know, and why one of them can't."""
+        found = [part.records.problems() for part in self.parts]
+        return sum(count for count, _ in found), next((reason for _, reason in found if reason), None)
+
     def image_path(self, index: int) -> str:
         """Where the row's picture is."""
         return self._path(*self._record(index))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.datasets.bad_rows import check_known, surely_above
 from lavis_lite.datasets.base import MAX_ATTEMPTS, Rows, UnreadableSample
 from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
 from lavis_lite.datasets.shard_stream import Position, ShardStream, StreamReader, reader_key, start_places
@@ -164,8 +164,7 @@ class ReadCounter:
 
     def exceeded(self) -> bool:
         """Whether the fraction of failed reads is surely above the limit."""
-        sure = self.bad if self.max_bad_fraction == 0 else self.bad - 3 * math.sqrt(self.bad)
-        return sure > self.max_bad_fraction * (self.good + self.bad)
+        return surely_above(self.max_bad_fraction, self.bad, self.good + self.bad)
 
     def stop(self, path: str, reason: str) -> None:
         """Raise the error that names one of the bad files."""
@@ -191,7 +190,8 @@ class TrainLoader:
         pin_memory: by default where there is a CUDA device.
         prefetch: batches each worker reads ahead.
 
-    Raises ConfigError for an empty dataset or bad ratios. See `RowStream` for how rows are ordered.
+    Raises ConfigError for an empty dataset or bad ratios, DataError when more rows than allowed are known to be
+    unusable. See `RowStream` for how rows are ordered.
     """
 
     def __init__(
@@ -229,6 +229,7 @@ class TrainLoader:
         ]
         self.batches_per_epoch = sum(stream.batches_per_epoch for stream in self.streams)
         self.counter = ReadCounter(max_bad_fraction)
+        check_known(datasets, self.weights, max_bad_fraction, told=rank == 0)
         # Seconds `batches` has waited for data; whoever reports it may set it back to 0.
         self.data_wait_s = 0.0
         self._options = _loader_options(num_workers, pin_memory, prefetch)

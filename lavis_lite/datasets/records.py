@@ -118,6 +118,13 @@ class RecordTable:
         image, captions, image_id, problem, group, asked = (c[index].as_py() for c in self._columns)
         return Record(image, captions or [], image_id, problem, group, asked and Asked(**asked))
 
+    def problems(self) -> tuple[int, str | None]:
+        """How many rows can't be used, which the table knows without a look at them, and the first one's reason."""
+        column = self._columns[SCHEMA.get_field_index("problem")]
+        known = (chunk for chunk in column.chunks if chunk.null_count < len(chunk))
+        first = next((str(chunk.drop_null()[0]) for chunk in known), None)
+        return len(column) - column.null_count, first
+
     def images(self) -> pa.ChunkedArray:
         """Every row's picture path, as `Record.image` has it."""
         return self._columns[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset, UnreadableSample
@@ -207,17 +207,35 @@ class ShardBuilder(ImageTextBuilder):
         return found
 
     def _probe(self, records: RecordTable, source: Source) -> None:
-        """Read some samples; DataError when none of them can be used."""
-        step = max(1, len(records) // PROBED_SAMPLES)
-        problems = (_problem(records[row], source.images) for row in range(0, len(records), step))
-        # Up to the first good one.
-        found = list(itertools.takewhile(lambda problem: problem is not None, problems))
-        if len(found) < len(range(0, len(records), step)):
-            return
-        raise DataError(
-            f"none of the samples looked up in {source.path} can be used, for example {found[0]}; "
-            f"{source.where}.image and {source.where}.fields name members and fields"
-        )
+        """Read some samples; a warning tells of pictures that can't be read. DataError when no sample can be used."""
+        rows = range(0, len(records), max(1, len(records) // PROBED_SAMPLES))
+        found = {row: problem for row in rows if (problem := self._problem(records[row], source.images))}
+        if len(found) == len(rows):
+            raise DataError(
+                f"none of the samples looked up in {source.path} can be used, for example {found[0]}; "
+                f"{source.where}.image and {source.where}.fields name members and fields"
+            )
+        # The others are counted before training.
+        unreadable = [problem for row, problem in found.items() if records[row].problem is None]
+        if unreadable and dist.is_main():
+            logger.warning(
+                "dataset '%s': %d of %d samples looked up in %s can't be used, for example %s",
+                *(self.name, len(unreadable), len(rows), source.path, unreadable[0]),
+            )
+
+    def _problem(self, record: Record, folder: Path) -> str | None:
+        """Why a sample of local shards can't be used; None when it can. The picture is read, not decoded."""
+        address = Address.parse(os.path.join(folder, record.image))
+        if record.problem is not None or address is None:
+            return record.problem or f"{record.image} is no member of a shard"
+        asks = type(self).dataset_class is QuestionDataset
+        if not (record.question if asks else record.captions):
+            return f"{address}: no {'question' if asks else 'caption'} in it"
+        try:
+            read_member(address)
+        except UnreadableSample as error:
+            return str(error)
+        return None
 
 
 @registry.register_builder("vqa_shards")
@@ -229,18 +247,6 @@ class QuestionShardBuilder(ShardBuilder):
         "train": {"name": "blip_question"},
         "eval": {"name": "blip_question"},
     }
-
-
-def _problem(record: Record, folder: Path) -> str | None:
-    """Why a sample of local shards can't be used; None when it can. The picture is read, not decoded."""
-    address = Address.parse(os.path.join(folder, record.image))
-    if record.problem is not None or address is None:
-        return record.problem or f"{record.image} is no member of a shard"
-    try:
-        read_member(address)
-    except UnreadableSample as error:
-        return str(error)
-    return None
 
 
 def _form(config: ShardSplitConfig) -> SampleForm:

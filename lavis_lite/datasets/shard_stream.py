@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lavis_lite.common import dist
 from lavis_lite.common.errors import DataError
 from lavis_lite.datasets.base import MAX_ATTEMPTS, UnreadableSample
 from lavis_lite.datasets.image_text import collate_images, public_image_id, seeded
@@ -32,8 +33,8 @@ from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples, why
 
 logger = logging.getLogger(__name__)
 
-# Shards whose beginning is read before a run starts.
-PROBED = 3
+# Samples at the beginning of a shard that are read before a run starts.
+PROBED = 8
 
 
 class Position(NamedTuple):
@@ -112,23 +113,44 @@ class ShardStream:
             )
 
     def probe(self) -> None:
-        """Read the beginnings of some shards; raises DataError when none of them has a sample that can be used."""
+        """Read the beginnings of some shards, spread over all; a warning tells of samples that can't be used.
+
+        Raises DataError when none can.
+        """
+        heads = sorted({0, len(self.urls) // 2, len(self.urls) - 1})
         failures: list[tuple[str, str]] = []
-        for number in sorted({0, len(self.urls) // 2, len(self.urls) - 1})[:PROBED]:
-            first = next(self.raw([number], failures), None)
-            if first is not None:
-                try:
-                    self.load(first, seed=0)
-                    return
-                except UnreadableSample as error:
-                    failures.append((error.path, error.reason))
-            elif not failures:
-                failures.append((self.urls[number], "it has no sample"))
-        path, reason = failures[0]
-        raise DataError(
-            f"dataset '{self.name}': no usable sample at the beginning of the shards looked at, for example "
-            f"{path}: {reason}"
-        )
+        good = sum(self._probe_one(number, failures) for number in heads)
+        if not failures:
+            return
+        example = ": ".join(failures[0])
+        if not good:
+            raise DataError(
+                f"dataset '{self.name}': no usable sample at the beginning of the shards looked at, for example "
+                f"{example}"
+            )
+        if dist.is_main():
+            logger.warning(
+                "dataset '%s': %d of %d samples at the beginning of %d shards can't be used (%.0f%%), for example %s",
+                *(self.name, len(failures), good + len(failures), len(heads)),
+                *(100 * len(failures) / (good + len(failures)), example),
+            )
+
+    def _probe_one(self, number: int, failures: list[tuple[str, str]]) -> int:
+        """How many of the first samples of a shard can be used; adds to `failures` what can't."""
+        seen = good = 0
+        before = len(failures)
+        samples = self.raw([number], failures)
+        for raw in itertools.islice(samples, PROBED):
+            seen += 1
+            try:
+                self.load(raw, seed=0)
+                good += 1
+            except UnreadableSample as error:
+                failures.append((error.path, error.reason))
+        samples.close()
+        if not seen and len(failures) == before:
+            failures.append((self.urls[number], "it has no sample"))
+        return good
 
     def shards_of(self, epoch: int, *, seed: int, reader: int, readers: int) -> list[int]:
         """The shards of one reader in an epoch, in its order; those of all readers are all shards, none twice."""
@@ -136,7 +158,9 @@ class ShardStream:
         order = permuted(np.arange(len(self.urls), dtype=np.int64), len(self.urls), key)
         return [int(shard) for shard in order[reader::readers]]
 
-    def raw(self, shards: Iterable[int], failures: list[tuple[str, str]], *, first: int = 0) -> Iterator[Raw]:
+    def raw(
+        self, shards: Iterable[int], failures: list[tuple[str, str]], *, first: int = 0
+    ) -> Generator[Raw, None, None]:
         """The undecoded samples of shards, one after the other; a broken shard is noted and left where it breaks.
 
         first: the ordinal that the first of them has.
