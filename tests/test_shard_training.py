@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from data_helpers import warnings_logged
 from runner_helpers import assert_same_bits, logged, run_ranks, train_command, weights
 from shard_helpers import section, write_shards
 
 from lavis_lite.common.config import load_config
+from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.logging import progress_text
+from lavis_lite.datasets.builders import build_datasets
+from lavis_lite.datasets.content import content_of
 from lavis_lite.runners.runner import Runner
 
 TESTS = Path(__file__).resolve().parent
@@ -81,6 +86,56 @@ def test_a_run_continues_in_mid_epoch_of_a_mix(tmp_path: Path, workers: int) -> 
     assert [row for row in logged(tmp_path / "one/run") if "loss" in row] == [
         row for row in log if "loss" in row
     ]
+
+
+def test_a_run_does_not_continue_on_other_shards_unless_told_to(tmp_path: Path) -> None:
+    path = project(tmp_path / "one")
+    stars = path.read_text().replace("{00000..00001}.tar", "*.tar").replace("{00000..00004}.tar", "*.tar")
+    path.write_text(stars)
+    Runner(load_config(path)).train()
+    back_to_step_4(tmp_path / "one")
+    before = (tmp_path / "one/run/checkpoints/step_000004/state.json").read_text()
+    hidden = (tmp_path / "streamed/00001.tar").rename(tmp_path / "00001.tar")
+    with pytest.raises(
+        ConfigError, match=r"datasets\.streamed: .*trained on 5 shards .* there are 4 shards, so"
+    ):
+        Runner(load_config(path)).train()
+    hidden.rename(tmp_path / "streamed/00001.tar")
+    write_shards(tmp_path / "more", 1, 4)
+    (tmp_path / "more/00000.tar").rename(tmp_path / "local/00002.tar")
+    with pytest.raises(
+        ConfigError, match=r"datasets\.local: .* 18 rows up to its checkpoint and now there are 22 rows"
+    ):
+        Runner(load_config(path)).train()
+    (tmp_path / "local/00002.tar").rename(tmp_path / "local/00001.tar")
+    (tmp_path / "streamed/00001.tar").rename(tmp_path / "streamed/0000x.tar")
+    content = yaml.safe_load(path.read_text())
+    content["run"]["allow_changed_data"] = True
+    path.write_text(yaml.safe_dump(content))
+    with warnings_logged() as lines:
+        assert Runner(load_config(path)).train().finished
+    assert len(lines) == 2 and "now there are 13 rows; some samples come twice" in lines[0]
+    assert "now there are 5 other shards; its epoch 0 begins again" in lines[1]
+    # A checkpoint of a version that didn't keep it continues.
+    back_to_step_4(tmp_path / "one")
+    state = {key: value for key, value in json.loads(before).items() if key != "data"}
+    (tmp_path / "one/run/checkpoints/step_000004/state.json").write_text(json.dumps(state))
+    content["run"]["allow_changed_data"] = False
+    path.write_text(yaml.safe_dump(content))
+    assert Runner(load_config(path)).train().finished
+
+
+def test_a_set_of_shards_stays_itself_when_it_moves(tmp_path: Path) -> None:
+    def content(folder: str, **train: Any) -> list[dict[str, Any]]:
+        pattern = write_shards(tmp_path / folder, 3, 2)
+        stream = {"stream": True, "samples": 6}
+        built = build_datasets({"one": section(pattern), "two": section(pattern, **stream)})
+        return [content_of(splits["train"]) for splits in built.values()]
+
+    rows, shards = content("here")
+    assert [rows, shards] == content("there")
+    assert (rows["kind"], rows["count"]) == ("rows", 6) and (shards["kind"], shards["count"]) == ("shards", 3)
+    assert rows["digest"] and shards["digest"]
 
 
 @pytest.mark.slow

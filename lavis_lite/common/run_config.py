@@ -75,6 +75,8 @@ class RunConfig:
     checkpoint: str | None = None
     # Unreadable images are replaced and counted; above this fraction the run stops.
     max_bad_fraction: float = 0.01
+    # Continue a run though a dataset has other rows or shards than before, instead of ending with an error.
+    allow_changed_data: bool = False
     tensorboard: bool = False
 
     # Read the frozen image encoder's features from disk, where `features` says what is stored.

@@ -40,6 +40,7 @@ FREE_RUN_KEYS = (
     "save_format",
     "save_async",
     "timeout",
+    "allow_changed_data",
 )
 
 RUN_DEFAULTS = asdict(RunConfig())

@@ -44,6 +44,7 @@ class TrainState:
     time of all the run's parts. best: {"metric", "value", "step"}. metrics: those of the newest evaluation,
     with its step in evaluated_step. started_from: the checkpoint that run.resume named, if it did.
     stream_places: where the readers of streams were, all ranks' (`TrainLoader.places`).
+    data: what each dataset that is trained on held (`content_of`), by name; empty in older checkpoints.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class TrainState:
     world_size: int = 1
     started_from: str | None = None
     stream_places: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers; a metric that is not finite becomes null, which JSON has."""
