@@ -21,8 +21,9 @@ from shard_helpers import number_in, sample, section, write_shards
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
-from lavis_lite.datasets.order import mixed
-from lavis_lite.datasets.shard_stream import Position, ShardStream, StreamReader
+from lavis_lite.datasets.order import mixed, seed_of
+from lavis_lite.datasets.shard_stream import ShardStream, StreamReader
+from lavis_lite.datasets.stream_places import Position
 from lavis_lite.datasets.tar_members import samples_of
 
 SHARDS, SAMPLES = 6, 7
@@ -127,18 +128,64 @@ def test_ranks_and_workers_see_every_sample_once_an_epoch(pattern: str) -> None:
     assert sorted(seen) == list(range(SHARDS * SAMPLES))
 
 
-def test_other_numbers_of_readers_begin_the_epoch_again_with_one_line(pattern: str) -> None:
-    loader = TrainLoader([build(pattern)], batch_size=7, num_workers=2)
-    take(loader, 9)
-    assert all(place.epoch == 1 for place in loader.places.values())
-    other = TrainLoader([build(pattern)], batch_size=7, num_workers=1)
+def test_other_numbers_of_readers_read_what_is_left_of_the_epoch(pattern: str) -> None:
+    stream = build(pattern, shuffle=SAMPLES)
+    first = TrainLoader([stream], batch_size=7, num_workers=2)
+    take(
+        first, 10
+    )  # all of epoch 0, and of each reader's three shards of epoch 1 two, the second still in work
+    seed = seed_of(42, 0)
+    done = {stream.shards_of(1, seed=seed, reader=reader, readers=2)[0] for reader in range(2)}
+    second = TrainLoader([stream], batch_size=7, num_workers=1)
     with warnings_logged() as lines:
-        seen = captions(take(other, 6, 9, loader.places))
-    assert lines == [
-        "stream 'web' was read by another number of ranks x loader workers than 1: its epoch 1 begins again"
-    ]
-    assert sorted(seen) == list(range(SHARDS * SAMPLES))
-    assert other.places == {"web 0/1": other.places["web 0/1"]} and other.places["web 0/1"].epoch == 1
+        seen = captions(take(second, 4, 10, first.places))
+    assert len(lines) == 1 and "was read by 2 ranks x loader workers and now is by 1" in lines[0]
+    left = [number for number in range(SHARDS * SAMPLES) if number // SAMPLES not in done]
+    assert sorted(seen) == left
+    assert second.places["web 0/1-1"] == Position(1, 3, 0, 7) and len(second.places) == 3
+    # Once more, with the same number: what earlier readers did is still known.
+    again = TrainLoader([stream], batch_size=7, num_workers=1)
+    with warnings_logged() as lines:
+        assert sorted(captions(take(again, 6, 14, second.places))) == list(range(SHARDS * SAMPLES))
+    assert not lines and all(place.epoch == 2 for key, place in again.places.items() if key.endswith("/1-1"))
+    # And when that epoch is over, it is forgotten.
+    assert list(_places_after(stream, again.places, workers=1, start=20)) == ["web 0/1"]
+
+
+def _places_after(stream: ShardStream, places: Any, *, workers: int, start: int) -> dict[str, Position]:
+    loader = TrainLoader([stream], batch_size=7, num_workers=workers)
+    take(loader, 1, start, places)
+    return loader.places
+
+
+def test_readers_without_a_shard_that_is_left_go_on_to_the_next_epoch(pattern: str) -> None:
+    stream = build(pattern, shuffle=1)
+    first = TrainLoader([stream], batch_size=7)
+    take(first, 5)
+    place = first.places["web 0/1"]
+    assert place == Position(0, 4, 6, 1)
+    second = TrainLoader([stream], batch_size=7, num_workers=3)
+    seen = captions(take(second, 8, 5, first.places))
+    # Two shards of epoch 0, one of which was read to its end but not past it; then all of epoch 1.
+    assert Counter(seen).most_common(1)[0][1] == 2 and len(set(seen)) == SHARDS * SAMPLES
+
+
+def test_a_rank_keeps_only_the_places_of_its_own_readers(pattern: str) -> None:
+    """Else what it began with would take the place of what others have done since."""
+
+    def run(start: int, places: Any) -> dict[str, Position]:
+        kept: dict[str, Position] = {}
+        for rank in (0, 1):
+            loader = TrainLoader([build(pattern)], batch_size=7, rank=rank, world_size=2)
+            take(loader, 1, start, places)
+            kept.update(loader.places)
+        return kept
+
+    once = run(0, None)
+    assert all(
+        place.shard + place.sample < whole.shard + whole.sample
+        for place, whole in zip(once.values(), run(1, once).values(), strict=True)
+    )
 
 
 def test_a_stream_is_mixed_by_ratio(pattern: str) -> None:

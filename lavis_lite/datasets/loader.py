@@ -18,7 +18,8 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.bad_rows import check_known, surely_above
 from lavis_lite.datasets.base import MAX_ATTEMPTS, Rows, UnreadableSample
 from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
-from lavis_lite.datasets.shard_stream import Position, ShardStream, StreamReader, reader_key, start_places
+from lavis_lite.datasets.shard_stream import ShardStream, StreamReader
+from lavis_lite.datasets.stream_places import Position, StreamStart, stream_start
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class Fetched(NamedTuple):
 class TrainReader(Dataset[Fetched]):
     """Reads whole batches; an unreadable row is replaced by one that (seed, epoch, row, attempt) fix.
 
-    readers: of each stream, over all ranks. places: where they begin, by key. Each process opens those it is asked for.
+    readers: of each stream, over all ranks. starts: where they begin, by stream. Each process opens those it is asked
+    for.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class TrainReader(Dataset[Fetched]):
         datasets: Sequence[Rows | ShardStream],
         seed: int,
         readers: int = 1,
-        places: Mapping[str, Position] | None = None,
+        starts: Mapping[str, StreamStart] | None = None,
     ) -> None:
         self.datasets = list(datasets)
         self.seed = seed
         self.readers = readers
-        self.places = places or {}
+        self.starts = starts or {}
         self._open: dict[str, StreamReader] = {}
 
     def __getitem__(self, task: Task | StreamTask) -> Fetched:
@@ -85,14 +87,16 @@ class TrainReader(Dataset[Fetched]):
         return Fetched(dataset.collate(samples), len(samples), failures)
 
     def _take(self, stream: Any, task: StreamTask) -> Fetched:
-        key = reader_key(stream, task.reader, self.readers)
+        start = self.starts.get(stream.name) or StreamStart(stream.name, self.readers)
+        key = start.key(task.reader)
         if key not in self._open:
             self._open[key] = StreamReader(
                 stream,
                 seed=seed_of(self.seed, task.dataset),
                 reader=task.reader,
                 readers=self.readers,
-                start=self.places.get(key),
+                start=start.now.get(task.reader),
+                past=start.past,
             )
         taken = self._open[key].take(task.size)
         if len(taken.samples) < task.size:
@@ -267,19 +271,23 @@ class TrainLoader:
         Raises DataError when too many rows can't be read. Closing the iterator ends its workers, and so does the
         end of the program.
         """
-        self.places = dict(
-            place
+        starts = {
+            dataset.name: stream_start(dataset.name, self.readers, places or {})
             for dataset in self.datasets
             if isinstance(dataset, ShardStream)
-            for place in start_places(dataset, self.readers, places or {}).items()
-        )
-        stream = self._stream(start_batch)
+        }
+        # Not those of other ranks, who know better where they are by the next checkpoint.
+        own = range(self.first_reader, self.first_reader + self.own_readers)
+        self.places = {key: place for start in starts.values() for key, place in start.kept(own).items()}
+        stream = self._stream(start_batch, starts)
         # At the exit multiprocessing waits for workers, which here end when they are told to and not by SIGTERM.
         atexit.register(_close, weakref.ref(stream))
         return stream
 
-    def _stream(self, start_batch: int) -> Generator[dict[str, Any], None, None]:
-        reader = TrainReader(self.datasets, self.seed, self.readers, self.places)
+    def _stream(
+        self, start_batch: int, starts: Mapping[str, StreamStart]
+    ) -> Generator[dict[str, Any], None, None]:
+        reader = TrainReader(self.datasets, self.seed, self.readers, starts)
         fetched = iter(DataLoader(reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
         while True:
             start = time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,23 +29,13 @@ from lavis_lite.datasets.order import AUGMENT, ORDER, REPLACE, hashed, permuted,
 from lavis_lite.datasets.readers import Row
 from lavis_lite.datasets.records import number_of
 from lavis_lite.datasets.shard_rows import SampleForm
+from lavis_lite.datasets.stream_places import Past, Position, left_of_epoch
 from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples, why
 
 logger = logging.getLogger(__name__)
 
 # Samples at the beginning of a shard that are read before a run starts.
 PROBED = 8
-
-
-class Position(NamedTuple):
-    """How far a reader is: the block that begins at sample `sample` of the `shard`-th of its shards, of which `taken`
-    samples are handed out.
-    """
-
-    epoch: int = 0
-    shard: int = 0
-    sample: int = 0
-    taken: int = 0
 
 
 class Raw(NamedTuple):
@@ -152,11 +142,14 @@ class ShardStream:
             failures.append((self.urls[number], "it has no sample"))
         return good
 
-    def shards_of(self, epoch: int, *, seed: int, reader: int, readers: int) -> list[int]:
-        """The shards of one reader in an epoch, in its order; those of all readers are all shards, none twice."""
+    def shards_of(self, epoch: int, *, seed: int, reader: int, readers: int, past: Past = ()) -> list[int]:
+        """The shards of one reader in an epoch, in its order; those of all readers are all shards, none twice.
+
+        past: earlier readers, whose shards are not read again. Then there may be none for this one.
+        """
         key = int(hashed(seed, ORDER, epoch)[0])
         order = permuted(np.arange(len(self.urls), dtype=np.int64), len(self.urls), key)
-        return [int(shard) for shard in order[reader::readers]]
+        return left_of_epoch(order.tolist(), epoch, past)[reader::readers]
 
     def raw(
         self, shards: Iterable[int], failures: list[tuple[str, str]], *, first: int = 0
@@ -209,16 +202,25 @@ class StreamReader:
         seed: of the order of shards and samples, and of augmentation.
         reader, readers: which one it is, and how many share the stream.
         start: where one with the same seed and numbers was; goes on from there exactly.
+        past: where other numbers of readers were before.
     """
 
     def __init__(
-        self, stream: ShardStream, *, seed: int, reader: int, readers: int, start: Position | None = None
+        self,
+        stream: ShardStream,
+        *,
+        seed: int,
+        reader: int,
+        readers: int,
+        start: Position | None = None,
+        past: Past = (),
     ) -> None:
         self.stream = stream
         self.seed = seed
         self.reader = reader
         self.readers = readers
         self.position = start or Position()
+        self.past = past
         self._failures: list[tuple[str, str]] = []
         self._draws = self._endless()
 
@@ -250,7 +252,7 @@ class StreamReader:
         """(block, place in it) of each sample, in the order they are handed out; None for an epoch without any."""
         start = self.position
         while True:
-            empty = True
+            empty = bool(self._shards(start.epoch))  # where none is left of it, that is no fault
             for place, block in self._blocks(start):
                 empty = False
                 taken = start.taken if place == start._replace(taken=0) else 0
@@ -265,13 +267,16 @@ class StreamReader:
     def _note_empty(self, epoch: int) -> None:
         """An epoch without a sample has a reason, also where every shard is whole and has nothing in it."""
         if not self._failures:
-            shards = self.stream.shards_of(epoch, seed=self.seed, reader=self.reader, readers=self.readers)
-            self._failures.append((self.stream.urls[shards[0]], "it has no sample"))
+            self._failures.append((self.stream.urls[self._shards(epoch)[0]], "it has no sample"))
+
+    def _shards(self, epoch: int) -> list[int]:
+        return self.stream.shards_of(
+            epoch, seed=self.seed, reader=self.reader, readers=self.readers, past=self.past
+        )
 
     def _blocks(self, start: Position) -> Iterator[tuple[Position, list[Raw]]]:
         """The blocks of an epoch from `start` on, each with the place where it begins."""
-        shards = self.stream.shards_of(start.epoch, seed=self.seed, reader=self.reader, readers=self.readers)
-        raw = self.stream.raw(shards[start.shard :], self._failures, first=start.shard)
+        raw = self.stream.raw(self._shards(start.epoch)[start.shard :], self._failures, first=start.shard)
         rest = itertools.islice(raw, start.sample, None)
         while block := list(itertools.islice(rest, self.stream.shuffle)):
             yield Position(start.epoch, block[0].ordinal, block[0].number), block
@@ -279,30 +284,3 @@ class StreamReader:
     def _shuffled(self, place: Position, length: int) -> list[int]:
         key = int(hashed(self.seed, ORDER, place.epoch, self.reader, place.shard, place.sample)[0])
         return [int(index) for index in permuted(np.arange(length, dtype=np.int64), length, key)]
-
-
-def reader_key(stream: ShardStream, reader: int, readers: int) -> str:
-    """What a reader's place is kept under: it fits no reader of a run with other numbers of ranks or workers."""
-    return f"{stream.name} {reader}/{readers}"
-
-
-def start_places(
-    stream: ShardStream, readers: int, places: Mapping[str, Sequence[int]]
-) -> dict[str, Position]:
-    """Where a stream's readers go on; those that are at its beginning are left out.
-
-    places: of the readers that were, by `reader_key`. When there were others than `readers`, the shards are dealt out
-    anew: the earliest epoch that any of them was in begins again.
-    """
-    keys = [reader_key(stream, reader, readers) for reader in range(readers)]
-    own = {key: Position(*place) for key, place in places.items() if key.rpartition(" ")[0] == stream.name}
-    if all(key in keys for key in own):
-        return own
-    epoch = min(place.epoch for place in own.values())
-    logger.warning(
-        "stream '%s' was read by another number of ranks x loader workers than %d: its epoch %d begins again",
-        stream.name,
-        readers,
-        epoch,
-    )
-    return {key: Position(epoch) for key in keys}

@@ -9,6 +9,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.datasets.content import content_of
+from lavis_lite.datasets.stream_places import begin_epoch_again
 from lavis_lite.runners.state import TrainState
 
 logger = get_logger(__name__)
@@ -49,9 +50,8 @@ def _change(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _begin_epoch(state: TrainState, name: str) -> str:
     """Let a stream's readers begin the earliest epoch that one of them was in; what that means, in words."""
-    own = [key for key in state.stream_places if key.rpartition(" ")[0] == name]
-    if not own:
+    again = begin_epoch_again(name, state.stream_places)
+    if again is None:
         return "some samples come twice in this epoch and others not at all"
-    epoch = min(state.stream_places[key][0] for key in own)
-    state.stream_places.update(dict.fromkeys(own, (epoch, 0, 0, 0)))
+    epoch, state.stream_places = again
     return f"its epoch {epoch} begins again"
