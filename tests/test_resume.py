@@ -11,6 +11,7 @@ import torch
 
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.registry import registry
 from lavis_lite.models.base import build_model
 from lavis_lite.runners import runner as runner_module
 from lavis_lite.runners.resume import differing_keys
@@ -118,6 +119,76 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path)
         with pytest.raises(CheckpointError, match=r"No space left.*step_000002' is intact"):
             Runner(cfg).train()
     assert Runner(cfg).train().step == 6
+
+
+def _evaluations_end(monkeypatch: pytest.MonkeyPatch, *, after: bool) -> None:
+    """Evaluations die: before they have come to anything, or before their result is in the checkpoint."""
+
+    def crash(*args: Any, **kwargs: Any) -> Any:
+        raise Crash
+
+    if after:
+        monkeypatch.setattr(ckpt, "amend_state", crash)
+    else:
+        monkeypatch.setattr(registry.get_task_class("fake_loss"), "evaluate", crash)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("every", "step"), [({}, 6), ({"eval_every": 2, "save_every": 2}, 2)])
+def test_an_evaluation_that_fails_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: dict[str, int], step: int, after: bool
+) -> None:
+    run = {"best_metric": "val/loss", "best_mode": "min", "keep_last": 1, **every}
+    whole = Runner(config(tmp_path / "whole", **run)).train()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        _evaluations_end(patch, after=after)
+        Runner(config(tmp_path / "parts", **run)).train()
+    kept = ckpt.newest(tmp_path / "parts/run")
+    assert kept == ckpt.step_dir(tmp_path / "parts/run/checkpoints", step)
+    assert ckpt.load_state(kept)["evaluated_step"] is None
+    again = Runner(config(tmp_path / "parts", **run))
+    parts = again.train()
+    assert_same_bits(weights(whole.checkpoint), weights(parts.checkpoint))
+    assert whole.metrics == parts.metrics
+    assert logged(tmp_path / "whole/run") == logged(tmp_path / "parts/run")
+    one, other = (
+        {**state, "elapsed_s": 0}
+        for state in map(ckpt.load_state, (whole.checkpoint, parts.checkpoint))  # type: ignore[arg-type]
+    )
+    assert one == other and one["evaluated_step"] == 6
+    folders = [
+        sorted(p.name for p in (tmp_path / n / "run/checkpoints").iterdir()) for n in ("whole", "parts")
+    ]
+    assert folders[0] == folders[1]
+
+
+def test_an_evaluation_is_added_to_the_checkpoint_without_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[Path] = []
+    original = ckpt.save_tensors
+    monkeypatch.setattr(
+        ckpt, "save_tensors", lambda path, tensors: (writes.append(path), original(path, tensors))
+    )
+    run = {"best_metric": "val/loss", "best_mode": "min", "eval_every": 1, "save_every": 1, "keep_last": 9}
+    Runner(config(tmp_path, max_steps=3, **run)).train()
+    assert len(writes) == 2 * 3
+    states = [ckpt.load_state(path) for _, path in ckpt.list_checkpoints(tmp_path / "run/checkpoints")]
+    assert [state["evaluated_step"] for state in states] == [1, 2, 3]
+    assert all(state["metrics"].keys() >= {"val/loss"} and state["best"] for state in states)
+
+
+def test_a_disk_that_has_no_room_for_an_evaluation_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "atomic_write", full)
+        with pytest.raises(CheckpointError, match=r"step_000006', which is intact: .*No space left"):
+            Runner(config(tmp_path)).train()
+    assert Runner(config(tmp_path)).train().metrics
 
 
 def test_a_finished_run_is_told_again_without_building_anything(

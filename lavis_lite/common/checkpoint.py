@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lavis_lite.common.errors import CheckpointError
 from lavis_lite.common.hub import PREFIX, local_folder
-from lavis_lite.common.io import atomic_dir, remove_leftovers
+from lavis_lite.common.io import atomic_dir, atomic_write, remove_leftovers
 from lavis_lite.common.tensor_parts import OPTIMIZER_PARTS, PARTS, PartsError, StoredParts
 from lavis_lite.common.tensor_reader import ALIAS, TensorStore, open_tensors
 
@@ -128,6 +128,20 @@ def save_checkpoint(
         save_tensors(temporary / MODEL, model)
         save_tensors(temporary / OPTIMIZER, optimizer)
     return step_dir(Path(folder), step)
+
+
+def amend_state(checkpoint: str | Path, values: Mapping[str, Any]) -> None:
+    """Lay values over the state of a complete checkpoint, whose tensors stay as they are.
+
+    Raises CheckpointError when the disk refuses; the checkpoint is then as it was.
+    """
+    state = load_state(checkpoint)
+    try:
+        atomic_write(Path(checkpoint) / STATE, json.dumps({**state, **values}, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"could not add an evaluation to checkpoint '{checkpoint}', which is intact: {error}; make room"
+        ) from error
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -75,14 +75,27 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Appends rows to log.jsonl, flushed one by one, and on request to TensorBoard; for the main process.
 
-    Opening drops the rows after `last_step`: the steps a resumed run does again are logged once.
+    Opening drops the rows after `last_step`, and evaluations after `last_evaluation`: what a resumed run does
+    again is logged once.
 
     Raises MissingDependencyError when TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, run_dir: str | Path, *, last_step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        last_step: int = 0,
+        last_evaluation: int | None = None,
+        tensorboard: bool = False,
+    ) -> None:
         self.path = Path(run_dir) / "log.jsonl"
-        kept = [row for row in read_rows(self.path) if row.get("step", 0) <= last_step]
+        last = {"eval": last_evaluation or 0}
+        kept = [
+            row
+            for row in read_rows(self.path)
+            if row.get("step", 0) <= last.get(str(row.get("kind")), last_step)
+        ]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: TextIO = self.path.open("a")
         self._board = _summary_writer(Path(run_dir) / "tensorboard", last_step) if tensorboard else None

@@ -1,4 +1,4 @@
-"""The training loop: train_step -> log -> validate -> save, one optimiser step after another.
+"""The training loop: train_step -> log -> save -> validate, one optimiser step after another.
 
 Randomness. Every forward pass begins with a seed made from (run.seed, number of the batch, rank), and the
 loader's n-th batch depends on (run.seed, n) alone, so a checkpoint needs no generator states: continuing at
@@ -82,10 +82,11 @@ class Runner:
                     while not self.finished and not self.stopping:
                         self.train_step(batches)
                         self.log()
-                        if self._is_due(self.cfg.run.eval_every):
-                            self.validate()
+                        # Before the evaluation, whose failure then loses nothing.
                         if self._save_is_due():
                             self.save()
+                        if self._is_due(self.cfg.run.eval_every):
+                            self.validate()
                     batches.close()
                     self.saver.wait()
                     if not self.finished:
@@ -120,7 +121,12 @@ class Runner:
             return False
         run = self.cfg.run
         if dist.is_main():
-            self.log_file = RunLog(self.run_dir, last_step=self.state.step, tensorboard=run.tensorboard)
+            self.log_file = RunLog(
+                self.run_dir,
+                last_step=self.state.step,
+                last_evaluation=self.state.evaluated_step,
+                tensorboard=run.tensorboard,
+            )
             self.files.callback(self.log_file.close)
         self.parts = build_parts(self.cfg, start)
         note_data(self.state, self.parts.loader.datasets, allowed=run.allow_changed_data)
@@ -270,7 +276,7 @@ class Runner:
         return self.state.elapsed_s + time.monotonic() - self._began
 
     def validate(self) -> None:
-        """Evaluate the validation splits, log their metrics, and note a new best."""
+        """Evaluate the validation splits, log their metrics, and note them and a new best in the checkpoint."""
         run, state = self.cfg.run, self.state
         self.saver.wait()  # evaluation forks workers, which must not happen in the middle of a write
         with self.parts.strategy.whole(self.parts.wrapped):
@@ -285,15 +291,28 @@ class Runner:
             own = {name: value for name, value in state.metrics.items() if name.startswith(f"{split}/")}
             if self.log_file is not None and not known:
                 self.log_file.write("eval", state.step, {"split": split, **own})
-        if run.best_metric is None:
-            return
-        if run.best_metric not in state.metrics:
-            self.save()
-            ev.check_best_metric(run.best_metric, state.metrics)
-        value = state.metrics[run.best_metric]
-        if ckpt.is_better(value, state.best["value"] if state.best else None, run.best_mode):
+        value = state.metrics.get(run.best_metric) if run.best_metric else None
+        if value is not None and ckpt.is_better(
+            value, state.best["value"] if state.best else None, run.best_mode
+        ):
             state.best = {"metric": run.best_metric, "value": value, "step": state.step}
             logger.info("best so far: %s %.4f at step %d", run.best_metric, value, state.step)
+        self._keep_evaluation(needed=run.best_metric is not None and value is None)
+        if run.best_metric is not None:
+            ev.check_best_metric(run.best_metric, state.metrics)
+
+    def _keep_evaluation(self, *, needed: bool) -> None:
+        """Add the evaluation to this step's checkpoint; the best step has one, and one where it is `needed`."""
+        state = self.state
+        best_step = state.best["step"] if state.best else None
+        # A run that run.resume continues from elsewhere has its first checkpoint in the other run's folder.
+        own = ckpt.step_dir(self.run_dir / ckpt.FOLDER, state.step).resolve()
+        if self.saved is not None and self.saved.resolve() == own:
+            self.saver.amend(
+                state.step, {**state.evaluation(), "elapsed_s": self._elapsed()}, best_step=best_step
+            )
+        elif needed or best_step == state.step:
+            self.save()
 
     def save(self) -> None:
         """Write this step's checkpoint, or begin to; keep the newest keep_last and the best."""
@@ -322,7 +341,7 @@ class Runner:
         return self.finished or (every > 0 and self.state.step % every == 0)
 
     def _owes_evaluation(self) -> bool:
-        """Whether a signal stopped the run at a step whose evaluation was due: it is made up for first."""
+        """Whether the run ended after a step whose evaluation was due, and before it: it is made up for first."""
         started, state = self.saved is not None, self.state
         return (
             started
@@ -332,8 +351,7 @@ class Runner:
         )
 
     def _save_is_due(self) -> bool:
-        best_now = self.state.best is not None and self.state.best["step"] == self.state.step
-        return self._is_due(self.cfg.run.save_every) or self.save_wished or self.stopping or best_now
+        return self._is_due(self.cfg.run.save_every) or self.save_wished or self.stopping
 
     def _minutes_are_over(self) -> bool:
         minutes = self.cfg.run.save_minutes

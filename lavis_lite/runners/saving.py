@@ -88,8 +88,22 @@ class CheckpointSaver:
         if self.background:
             self._pending = self._worker.submit(finish)
         else:
-            self._together(finish)
+            self._together(finish, alone=self._group is None)
         return ckpt.step_dir(self.folder, step)
+
+    def amend(self, step: int, values: Mapping[str, Any], *, best_step: int | None) -> None:
+        """Lay values over the state of a checkpoint that was saved before, without writing its tensors again.
+
+        Keeps and raises what `save` does. All ranks call it.
+        """
+        self.wait()
+
+        def write() -> None:
+            if self._is_main:
+                ckpt.amend_state(ckpt.step_dir(self.folder, step), values)
+                ckpt.prune(self.folder, keep_last=self.keep_last, best_step=best_step)
+
+        self._together(write, alone=True)
 
     @property
     def failed(self) -> bool:
@@ -100,7 +114,7 @@ class CheckpointSaver:
         """Until nothing is being written; raises what the writing met, as `save` does. All ranks call it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._together(pending.result)
+            self._together(pending.result, alone=self._group is None)
 
     def end(self) -> NoReturn:
         """For a run that can't go on because a write has failed on some rank: raise why, or SystemExit on others."""
@@ -120,15 +134,15 @@ class CheckpointSaver:
         finally:
             self._worker.shutdown()
 
-    def _together(self, write: Callable[[], None]) -> None:
-        """Run what writes. Where the main process does so alone, the others end with it if it can't."""
+    def _together(self, write: Callable[[], None], *, alone: bool) -> None:
+        """Run what writes. Where the main process does so `alone`, the others end with it if it can't."""
         error = None
         try:
             write()
         except CheckpointError as raised:
             error = raised
         failed = error is not None
-        if self._group is None:
+        if alone:
             failed = dist.broadcast_object(failed)
         if error is not None:
             raise error

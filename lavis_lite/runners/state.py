@@ -68,6 +68,11 @@ class TrainState:
         content["metrics"] = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
         return content
 
+    def evaluation(self) -> dict[str, Any]:
+        """The part of `to_dict` that an evaluation changes."""
+        content = self.to_dict()
+        return {key: content[key] for key in ("best", "metrics", "evaluated_step")}
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainState:
         """The state that `to_dict` described; keys of other versions are left out."""
