@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavis_lite import registry
+from lavis_lite.common import dist
 from lavis_lite.models.base import BaseModel
 from lavis_lite.tasks.base import BaseTask, Evaluation, RunFacts
 
@@ -62,8 +63,9 @@ class FakeMLP(BaseModel):
 class FakeRows:
     """Row i: four numbers drawn from (i, seed) and their mean."""
 
-    def __init__(self, name: str, rows: int, seconds: float = 0.0) -> None:
-        self.name, self.rows, self.seconds = name, rows, seconds
+    def __init__(self, name: str, rows: int, seconds: float = 0.0, slow_rank: int | None = None) -> None:
+        self.name, self.rows = name, rows
+        self.seconds = seconds if slow_rank in (None, dist.rank()) else 0.0
 
     def __len__(self) -> int:
         return self.rows
@@ -90,16 +92,22 @@ class FakeRows:
 
 @registry.register_builder("fake_rows")
 class FakeRowsBuilder:
-    """Splits train, val and test of FakeRows; a row takes `seconds` to read."""
+    """Splits train, val and test of FakeRows; a row of train takes `seconds` to read, on all ranks or one."""
 
     def __init__(
-        self, *, name: str, rows: int = 24, seconds: float = 0.0, ratio: float | None = None
+        self,
+        *,
+        name: str,
+        rows: int = 24,
+        seconds: float = 0.0,
+        slow_rank: int | None = None,
+        ratio: float | None = None,
     ) -> None:
-        self.name, self.rows, self.seconds = name, rows, seconds
+        self.name, self.rows, self.seconds, self.slow_rank = name, rows, seconds, slow_rank
 
     def build_datasets(self) -> dict[str, FakeRows]:
         return {
-            "train": FakeRows(self.name, self.rows, self.seconds),
+            "train": FakeRows(self.name, self.rows, self.seconds, self.slow_rank),
             "val": FakeRows(self.name, 8),
             "test": FakeRows(self.name, 6),
         }

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch.distributed as torch_dist
 from kills import is_writing, newest, ranks_of
 from runner_helpers import (
     assert_same_bits,
@@ -80,24 +81,43 @@ def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_
 
 
 @pytest.mark.slow
-def test_a_lost_rank_is_named_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "lost", "named", "slow"),
+    [
+        (2, [1], "rank 1 of 2", ["seconds=0.05"]),
+        (4, [2, 3], "ranks 2, 3 of 4", ["seconds=0.05"]),
+        # Rank 1 reads for longer than a roll call takes, and knows of nothing.
+        (4, [3], "rank 3 of 4", ["seconds=1.5", "slow_rank=1"]),
+    ],
+)
+def test_lost_ranks_are_named_in_one_line(
+    tmp_path: Path, world: int, lost: list[int], named: str, slow: list[str]
+) -> None:
     path = _project(tmp_path)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [*train_command(path), "datasets.fake.seconds=0.05", "run.max_steps=500"]
-    ranks = [start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", **common) for r in range(2)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    command = [*train_command(path), *(f"datasets.fake.{setting}" for setting in slow), "run.max_steps=500"]
+    ranks = [
+        start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE=str(world), **common)
+        for r in range(world)
+    ]
     try:
         wait_for(lambda: newest(tmp_path / "run") >= 2, 500)
-        ranks[1].kill()
+        for rank in lost:
+            ranks[rank].kill()
         killed = time.monotonic()
-        _, err = ranks[0].communicate(timeout=120)
+        left = [process for rank, process in enumerate(ranks) if rank not in lost]
+        said = [process.communicate(timeout=120)[1] for process in left]
         assert time.monotonic() - killed < 60  # and not run.timeout; seconds, where the machine is not busy
     finally:
         for process in ranks:
             process.kill()
-    line = err.strip().splitlines()[-1]
-    assert ranks[0].returncode == 1 and "Traceback" not in err, err[-3000:]
-    assert re.search(
-        r"error: rank 1 of 2 ended or fell silent at step \d+; last good checkpoint: .*step_", line
+    everything = "\n".join(said)
+    assert [process.returncode for process in left] == [1] * len(left), everything[-3000:]
+    assert "Traceback" not in everything, everything[-3000:]
+    lines = [line for line in everything.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, everything[-3000:]
+    assert re.match(
+        rf"error: {named} ended or fell silent at step \d+; last good checkpoint: .*step_", lines[0]
     )
 
 
@@ -110,12 +130,33 @@ def test_a_lost_rank_is_named_in_one_line(tmp_path: Path) -> None:
         ),
         ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", True),
         ("NCCL communicator was aborted on rank 3: timed out", True),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:1, ncclRemoteError: a remote process exiting prematurely",
+            True,
+        ),
+        ("NCCL error in: ProcessGroupNCCL.cpp:1, ncclInvalidUsage: Duplicate GPU detected", False),
         ("mat1 and mat2 shapes cannot be multiplied", False),
         ("CUDA out of memory", False),
     ],
 )
 def test_only_a_failed_exchange_means_a_lost_rank(text: str, lost: bool) -> None:
     assert faults.is_lost_peer(RuntimeError(text)) is lost
+    assert faults.is_lost_peer(torch_dist.DistBackendError(text)) is lost
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("failed to recv, got 0 bytes. Connection was likely closed.", True),
+        ("wait timeout after 1800000ms, keys: /start_0/group/0", True),
+        (
+            "The server socket has failed to listen on any local network address. port: 1, useIpv6: false",
+            False,
+        ),
+    ],
+)
+def test_not_every_error_of_the_store_means_a_lost_rank(text: str, lost: bool) -> None:
+    assert faults.is_lost_peer(torch_dist.DistNetworkError(text)) is lost
 
 
 @pytest.fixture
@@ -126,31 +167,56 @@ def sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+class FakeMeeting:
+    def __init__(self, first: bool, silent: Sequence[int] = (), calm: Sequence[int] = ()) -> None:
+        self.first, self.silent, self.calm, self.calls = first, list(silent), list(calm), []
+
+    def claim(self) -> bool:
+        return self.first
+
+    def roll_call(self) -> tuple[list[int], list[int]]:
+        return self.silent, self.calm
+
+    def let_go(self) -> None:
+        self.calls.append("let_go")
+
+    def stay(self) -> None:
+        self.calls.append("stay")
+
+
+def _lose(monkeypatch: pytest.MonkeyPatch, meeting: FakeMeeting | None) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(dist, "rank", lambda: 3)
+    monkeypatch.setattr(dist, "meeting", lambda: meeting)
+    with faults.naming_lost_ranks(lambda: "at step 5"):
+        raise RuntimeError("gloo: Connection closed by peer")
+
+
 @pytest.mark.parametrize(
-    ("present", "said"),
+    ("meeting", "said"),
     [
-        ([1, 2, 3], "^rank 0 of 4 ended"),
-        ([1], "^ranks 0, 2, 3 of 4 ended"),
-        ([0, 1, 2, 3], "lost touch"),
-        ([], "lost touch"),
+        (FakeMeeting(True, [0]), "^rank 0 of 4 ended"),
+        (FakeMeeting(True, [0, 2]), "^ranks 0, 2 of 4 ended"),
+        (FakeMeeting(True, [0], [1, 2]), "^rank 0 of 4 ended"),
+        (FakeMeeting(True, [], [1, 2]), "^ranks 1, 2 of 4 did not answer, though alive,"),
+        (FakeMeeting(True), "^rank 3 of 4 lost touch"),
+        (None, "^rank 3 of 4 lost touch"),
     ],
 )
-def test_the_first_rank_left_speaks(
-    present: list[int], said: str, monkeypatch: pytest.MonkeyPatch, sigterm: None
+def test_the_rank_that_finds_out_first_speaks(
+    meeting: FakeMeeting | None, said: str, monkeypatch: pytest.MonkeyPatch, sigterm: None
 ) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 4)
-    monkeypatch.setattr(dist, "rank", lambda: present[0] if present else 3)
-    monkeypatch.setattr(dist, "roll_call", lambda: present)
-    with (
-        pytest.raises(TrainingError, match=f"{said}.*at step 5"),
-        faults.naming_lost_ranks(lambda: "at step 5"),
-    ):
-        raise RuntimeError("gloo: Connection closed by peer")
+    with pytest.raises(TrainingError, match=f"{said}.*at step 5"):
+        _lose(monkeypatch, meeting)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    if present:
-        monkeypatch.setattr(dist, "rank", lambda: present[0] + 9)
-        with pytest.raises(SystemExit), faults.naming_lost_ranks(lambda: "at step 5"):
-            raise RuntimeError("gloo: Connection closed by peer")
+    assert meeting is None or meeting.calls == ["let_go"]
+
+
+def test_the_others_stay_and_say_nothing(monkeypatch: pytest.MonkeyPatch, sigterm: None) -> None:
+    meeting = FakeMeeting(False)
+    with pytest.raises(SystemExit):
+        _lose(monkeypatch, meeting)
+    assert meeting.calls == ["stay"]
 
 
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:

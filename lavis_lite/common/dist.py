@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,12 +19,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from lavis_lite.common.meeting import Meeting
+
 TIMEOUT_MINUTES = 30.0
 
 T = TypeVar("T")
 
 _alone = False
-_store: torch_dist.Store | None = None
+_meeting: Meeting | None = None
 
 
 def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
@@ -40,19 +41,28 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    global _store
+    global _meeting
     timeout = timedelta(minutes=timeout_minutes)
-    meeting, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
+    store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
     # The store outlives ranks that torchrun starts again: without names of their own they would look for the
     # addresses, and the marks, of those before them.
-    meeting = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", meeting)
-    _store = torch_dist.PrefixStore("lavis_lite", meeting)
-    group = torch_dist.PrefixStore("group", meeting)
+    store = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _meeting = Meeting(store, own_rank, ranks)
+    group = torch_dist.PrefixStore("group", store)
     torch_dist.init_process_group(backend, timeout=timeout, store=group, rank=own_rank, world_size=ranks)
+
+
+def meeting() -> Meeting | None:
+    """Where ranks say what their exchanges can't; None for one process, or before `init`."""
+    return _meeting
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    global _meeting
+    if _meeting is not None:
+        _meeting.close()
+        _meeting = None
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
@@ -81,21 +91,6 @@ def ending_process() -> Iterator[None]:
 
 def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def roll_call(seconds: float = 3.0) -> list[int]:
-    """The ranks that answer within some seconds, after an exchange has failed; none where even that can't be told.
-
-    Each rank that finds out leaves a mark in the store that the processes met at. torchrun's own outlives them all;
-    without torchrun it ends with rank 0.
-    """
-    try:
-        assert _store is not None
-        _store.set(f"present/{rank()}", "1")
-        time.sleep(seconds)
-        return [r for r in range(world_size()) if _store.check([f"present/{r}"])]
-    except RuntimeError:
-        return []
 
 
 def rank() -> int:

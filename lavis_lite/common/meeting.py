@@ -1,0 +1,92 @@
+"""What ranks leave for each other in the store they met at, beside their exchanges: who lives, and who speaks.
+
+An exchange that fails doesn't tell who is gone, and where it fails first isn't where the others learn of it. So every
+rank beats in the store from a thread of its own, whatever its exchanges do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from torch.distributed import PrefixStore, Store
+
+BEAT_SECONDS = 0.5
+# Between the two readings of a roll call: several beats, on a busy machine too.
+ROLL_CALL_SECONDS = 3.0
+
+
+class Meeting:
+    """One rank's place among the others, for as long as it lives.
+
+    torchrun's own store outlives all ranks; without torchrun it ends with rank 0, and what can't be asked any more
+    is answered from what the last beat saw.
+
+    Args:
+        store: that all ranks met at, with a prefix of its own for each start of them.
+    """
+
+    def __init__(self, store: Store, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self._store = PrefixStore("meeting", store)
+        self._seen_claimed = False
+        self._over = threading.Event()
+        # A clone has a connection of its own: the main thread may be waiting at the store for long.
+        self._thread = threading.Thread(target=self._beat, args=(self._store.clone(),), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Beat no more."""
+        self._over.set()
+        self._thread.join(timeout=1.0)
+
+    def _beat(self, store: Store) -> None:
+        try:
+            while not self._over.is_set():
+                store.add(f"beats/{self.rank}", 1)
+                self._seen_claimed = store.add("claims", 0) > 0
+                self._over.wait(BEAT_SECONDS)
+        except RuntimeError:  # the store is gone, and with it whoever could read
+            return
+
+    def claim(self) -> bool:
+        """Say that an exchange has failed here; whether this rank was the first, which speaks for all."""
+        try:
+            self._store.set(f"failed/{self.rank}", "1")
+            return self._store.add("claims", 1) == 1
+        except RuntimeError:
+            return not self._seen_claimed
+
+    def roll_call(self) -> tuple[list[int], list[int]]:
+        """Ranks that have fallen silent, and ranks that live but have not `claim`ed; takes some seconds.
+
+        Both are empty where the store is gone.
+        """
+        try:
+            before = self._beats()
+            time.sleep(ROLL_CALL_SECONDS)
+            after = self._beats()
+            silent = [rank for rank in range(self.ranks) if before[rank] == after[rank]]
+            calm = [rank for rank in range(self.ranks) if not self._store.check([f"failed/{rank}"])]
+        except RuntimeError:
+            return [], []
+        return silent, [rank for rank in calm if rank not in silent]
+
+    def _beats(self) -> list[int]:
+        return [self._store.add(f"beats/{rank}", 0) for rank in range(self.ranks)]
+
+    def let_go(self) -> None:
+        """End the wait of `stay`."""
+        try:
+            self._store.set("called", "1")
+        except RuntimeError:
+            return
+
+    def stay(self) -> None:
+        """Live on until the rank that speaks has called the roll: one that ended by itself would be called lost."""
+        end = time.monotonic() + 3 * ROLL_CALL_SECONDS
+        try:
+            while not self._store.check(["called"]) and time.monotonic() < end:
+                time.sleep(BEAT_SECONDS)
+        except RuntimeError:
+            return

@@ -1,0 +1,61 @@
+"""Who lives, and who speaks, when an exchange between ranks has failed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from torch.distributed import TCPStore
+
+from lavis_lite.common import meeting as module
+from lavis_lite.common.meeting import Meeting
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Meeting]]:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "ROLL_CALL_SECONDS", 2.0)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meetings = [Meeting(store.clone(), rank, 4) for rank in range(4)]
+    yield meetings
+    for one in meetings:
+        one.close()
+
+
+def test_silent_ranks_are_told_from_those_that_only_wait(ranks: list[Meeting]) -> None:
+    for gone in (2, 3):
+        ranks[gone].close()
+    assert [ranks[rank].claim() for rank in (1, 0)] == [True, False]
+    assert ranks[1].roll_call() == ([2, 3], [])
+
+
+def test_who_has_met_no_failure_is_told_when_all_live(ranks: list[Meeting]) -> None:
+    assert ranks[0].claim()
+    assert ranks[0].roll_call() == ([], [1, 2, 3])
+
+
+def test_the_others_stay_until_the_roll_is_called(ranks: list[Meeting]) -> None:
+    staying = threading.Thread(target=ranks[1].stay)
+    staying.start()
+    staying.join(timeout=0.5)
+    assert staying.is_alive()
+    ranks[0].let_go()
+    staying.join(timeout=5.0)
+    assert not staying.is_alive()
+
+
+def test_without_the_store_the_last_beat_tells_who_spoke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
+    one, other = Meeting(client, 1, 2), Meeting(client.clone(), 0, 2)
+    assert other.claim()
+    threading.Event().wait(1.0)
+    other.close()
+    del other, host
+    assert not one.claim()
+    assert one.roll_call() == ([], [])
+    one.stay()
+    one.let_go()
+    one.close()
