@@ -25,7 +25,14 @@ class FakeMLP(BaseModel):
     presets = "fake_mlp"
     optional_keys = (r"^frozen\.",)
 
-    def __init__(self, *, width: int = 8, dropout: float = 0.2, bad_steps: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        width: int = 8,
+        dropout: float = 0.2,
+        bad_steps: tuple[int, ...] = (),
+        bad_rank: int | None = None,
+    ) -> None:
         super().__init__()
         self.frozen = nn.Linear(4, width).requires_grad_(False)
         nn.init.constant_(self.frozen.weight, 0.3)
@@ -37,7 +44,7 @@ class FakeMLP(BaseModel):
         self.temp = nn.Parameter(torch.ones(1, 1))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("offset", torch.zeros(()))
-        self.bad_steps = bad_steps
+        self.bad_steps = bad_steps if bad_rank in (None, dist.rank()) else ()
         self.calls = 0
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:

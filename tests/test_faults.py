@@ -27,7 +27,7 @@ from runner_helpers import (
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import list_checkpoints
-from lavis_lite.common.errors import TrainingError
+from lavis_lite.common.errors import ConfigError, TrainingError
 from lavis_lite.runners import faults
 
 STEPS = 12
@@ -38,10 +38,11 @@ def _project(folder: Path) -> Path:
     return project(folder, max_steps=STEPS, save_every=1, eval_every=4, keep_last=2, timeout=2.0)
 
 
-def _torchrun(path: Path, *options: str) -> subprocess.Popen[str]:
-    launch = ["--nproc-per-node=2", f"--master-port={free_port()}", *options]
-    slow_rows = "datasets.fake.seconds=0.02"
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, *train_command(path)[1:], slow_rows]
+def _torchrun(
+    path: Path, *launch: str, options: Sequence[str] = ("datasets.fake.seconds=0.02",)
+) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", *launch]
+    command = [sys.executable, *torchrun, *train_command(path, *options)[1:]]
     return start(command)
 
 
@@ -170,12 +171,17 @@ def sigterm() -> Iterator[None]:
 class FakeMeeting:
     def __init__(self, first: bool, silent: Sequence[int] = (), calm: Sequence[int] = ()) -> None:
         self.first, self.silent, self.calm, self.calls = first, list(silent), list(calm), []
+        self.ended: int | None = None
 
     def claim(self) -> bool:
         return self.first
 
     def roll_call(self) -> tuple[list[int], list[int]]:
         return self.silent, self.calm
+
+    def end(self, code: int, line: str) -> bool:
+        self.ended = code
+        return self.first
 
     def let_go(self) -> None:
         self.calls.append("let_go")
@@ -188,7 +194,7 @@ def _lose(monkeypatch: pytest.MonkeyPatch, meeting: FakeMeeting | None) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "rank", lambda: 3)
     monkeypatch.setattr(dist, "meeting", lambda: meeting)
-    with faults.naming_lost_ranks(lambda: "at step 5"):
+    with faults.speaking_once(lambda: "at step 5"):
         raise RuntimeError("gloo: Connection closed by peer")
 
 
@@ -219,7 +225,48 @@ def test_the_others_stay_and_say_nothing(monkeypatch: pytest.MonkeyPatch, sigter
     assert meeting.calls == ["stay"]
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(TrainingError("x"), 1), (ConfigError("x"), 2), (OSError(28, "No space left"), 1)]
+)
+def test_an_error_that_would_come_again_ends_the_launch_and_one_rank_says_it(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, sigterm: None
+) -> None:
+    for first, raised in ((True, type(error)), (False, SystemExit)):
+        meeting = FakeMeeting(first)
+        monkeypatch.setattr(dist, "meeting", lambda meeting=meeting: meeting)
+        with pytest.raises(raised) as caught, faults.speaking_once(lambda: ""):
+            raise error
+        assert meeting.ended == code
+    assert isinstance(caught.value, SystemExit) and caught.value.code == code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_a_rank_that_said_why_it_ended_is_not_called_lost(
+    monkeypatch: pytest.MonkeyPatch, sigterm: None
+) -> None:
+    meeting = FakeMeeting(True, [0])
+    meeting.ended = 2
+    with pytest.raises(SystemExit) as caught:
+        _lose(monkeypatch, meeting)
+    assert caught.value.code == 2 and meeting.calls == []
+
+
+@pytest.mark.slow
+def test_a_fault_that_would_come_again_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    """Losses of one rank that are not finite, under a torchrun that would start the ranks three times more."""
+    path = project(tmp_path, max_steps=9, max_skipped=2, save_every=1)
+    bad = ("model.bad_steps=[2,3,4]", "model.bad_rank=1")
+    agent = _torchrun(path, "--max-restarts=3", options=bad)
+    _, err = agent.communicate(timeout=400)
+    assert agent.returncode != 0
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "3 steps in a row up to step 4" in lines[0], err[-3000:]
+    assert "continuing" not in err, err[-3000:]  # no restart came as far as building the run
+    assert err.count("skipped: loss nan") == 3, err[-3000:]
+    assert newest(tmp_path / "run") == 3
+
+
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="shapes"), faults.naming_lost_ranks(lambda: ""):
+    with pytest.raises(RuntimeError, match="shapes"), faults.speaking_once(lambda: ""):
         raise RuntimeError("shapes differ")

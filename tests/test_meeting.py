@@ -6,18 +6,22 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from lavis_lite.common import meeting as module
 from lavis_lite.common.meeting import Meeting
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Meeting]]:
+def store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def ranks(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Meeting]]:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(module, "ROLL_CALL_SECONDS", 2.0)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meetings = [Meeting(store.clone(), rank, 4) for rank in range(4)]
+    meetings = [Meeting(store.clone(), rank, 4, launch=store) for rank in range(4)]
     yield meetings
     for one in meetings:
         one.close()
@@ -35,6 +39,14 @@ def test_who_has_met_no_failure_is_told_when_all_live(ranks: list[Meeting]) -> N
     assert ranks[0].roll_call() == ([], [1, 2, 3])
 
 
+def test_a_line_is_said_once_and_a_new_start_knows_of_the_end(ranks: list[Meeting], store: TCPStore) -> None:
+    assert ranks[2].ended is None
+    assert [ranks[2].end(1, "one"), ranks[0].end(1, "one"), ranks[1].end(1, "another")] == [True, False, True]
+    again = Meeting(PrefixStore("start_1", store), 0, 4, launch=store)
+    assert again.ended == 1
+    again.close()
+
+
 def test_the_others_stay_until_the_roll_is_called(ranks: list[Meeting]) -> None:
     staying = threading.Thread(target=ranks[1].stay)
     staying.start()
@@ -49,13 +61,14 @@ def test_without_the_store_the_last_beat_tells_who_spoke(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-    one, other = Meeting(client, 1, 2), Meeting(client.clone(), 0, 2)
+    one, other = (Meeting(client.clone(), rank, 2, launch=client) for rank in (1, 0))
     assert other.claim()
     threading.Event().wait(1.0)
     other.close()
     del other, host
     assert not one.claim()
     assert one.roll_call() == ([], [])
+    assert one.ended is None and one.end(1, "said")
     one.stay()
     one.let_go()
     one.close()

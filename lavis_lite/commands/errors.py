@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import sys
 from collections.abc import Iterator
 
-from lavis_lite.common.errors import LavisLiteError
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError
 
 
 @contextlib.contextmanager

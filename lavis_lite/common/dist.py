@@ -34,6 +34,8 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
 
     Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than
     timeout_minutes for another fails, and torchrun then ends the others.
+
+    Raises SystemExit in a process that torchrun has started again though the run can't go on (`Meeting.end`).
     """
     if torch_dist.is_initialized() or not _is_one_of_several():
         return
@@ -46,8 +48,11 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
     # The store outlives ranks that torchrun starts again: without names of their own they would look for the
     # addresses, and the marks, of those before them.
-    store = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    _meeting = Meeting(store, own_rank, ranks)
+    launch = store
+    store = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", launch)
+    _meeting = Meeting(store, own_rank, ranks, launch=launch)
+    if (code := _meeting.ended) is not None:
+        sys.exit(code)
     group = torch_dist.PrefixStore("group", store)
     torch_dist.init_process_group(backend, timeout=timeout, store=group, rank=own_rank, world_size=ranks)
 

@@ -7,8 +7,12 @@ means a fault of ours (or `--debug`).
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import ClassVar
+
+# Of an OSError: a disk that is full or may not be written to.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class LavisLiteError(Exception):

@@ -1,4 +1,4 @@
-"""What ranks leave for each other in the store they met at, beside their exchanges: who lives, and who speaks.
+"""What ranks leave for each other in the store they met at, beside their exchanges: who lives, who speaks, what ended.
 
 An exchange that fails doesn't tell who is gone, and where it fails first isn't where the others learn of it. So every
 rank beats in the store from a thread of its own, whatever its exchanges do.
@@ -24,10 +24,12 @@ class Meeting:
 
     Args:
         store: that all ranks met at, with a prefix of its own for each start of them.
+        launch: the same for all starts of one launch.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int, *, launch: Store) -> None:
         self.rank, self.ranks = rank, ranks
+        self._launch = PrefixStore("launch", launch)
         self._store = PrefixStore("meeting", store)
         self._seen_claimed = False
         self._over = threading.Event()
@@ -48,6 +50,22 @@ class Meeting:
                 self._over.wait(BEAT_SECONDS)
         except RuntimeError:  # the store is gone, and with it whoever could read
             return
+
+    def end(self, code: int, line: str) -> bool:
+        """Say that the run can't go on, not by a new start either; whether no rank has said this line before."""
+        try:
+            self._launch.set("ended", str(code))
+            return self._launch.add(f"lines/{line}", 1) == 1
+        except RuntimeError:
+            return True
+
+    @property
+    def ended(self) -> int | None:
+        """The exit code of a rank that has said `end`, in this start of the ranks or one before."""
+        try:
+            return int(self._launch.get("ended")) if self._launch.check(["ended"]) else None
+        except RuntimeError:
+            return None
 
     def claim(self) -> bool:
         """Say that an exchange has failed here; whether this rank was the first, which speaks for all."""

@@ -1,4 +1,4 @@
-"""What a rank does when another one is gone: find out which, and say so in one line."""
+"""How one of several ranks ends when the run can't go on: what happened is said in one line, by one rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch.distributed as torch_dist
 
 from lavis_lite.common import dist
-from lavis_lite.common.errors import TrainingError
+from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError, TrainingError
 
 # How the libraries that carry tensors between processes, and the store where they meet, say that the other end is gone
 # or silent. NCCL's own errors of use and of the machine (two ranks on one GPU, no memory) say none of it.
@@ -30,17 +30,27 @@ LOST = (
 
 
 @contextlib.contextmanager
-def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
-    """Within the block a failed exchange with other ranks becomes one line, on the rank that finds out first.
+def speaking_once(where: Callable[[], str]) -> Iterator[None]:
+    """Within the block an error of all ranks is raised on one; a failed exchange becomes an error that names the lost.
+
+    Errors that a new start would meet again end the launch: ranks that torchrun starts then end at once (`dist.init`).
+    A lost rank is what new starts are for.
 
     where: tells the step, and what to go on from.
 
     From then on SIGTERM is ignored: torchrun sends it as soon as it misses a rank, and the line would never be said.
 
-    Raises TrainingError on that rank and SystemExit(1) on the others.
+    Raises SystemExit on ranks whose error another one says; for lost ranks TrainingError on the first to find out.
     """
     try:
         yield
+    except LavisLiteError as error:
+        _end(error.exit_code, str(error))
+        raise
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            _end(1, str(error))
+        raise
     except RuntimeError as error:
         if dist.world_size() == 1 or not is_lost_peer(error):
             raise
@@ -60,12 +70,23 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _end(code: int, line: str) -> None:
+    """End the launch by an error; on ranks other than the first with it, this process too."""
+    meeting = dist.meeting()
+    if meeting is not None:
+        _ignore_sigterm()
+        if not meeting.end(code, line):
+            sys.exit(code)
+
+
 def _who_is_lost() -> str:
-    """The beginning of the line, on the rank that says it; the others end here."""
+    """The beginning of the line, on the rank that says it; the others end here, and all where a rank has said why."""
     meeting, ranks = dist.meeting(), dist.world_size()
     silent: list[int] = []
     calm: list[int] = []
     if meeting is not None:
+        if (code := meeting.ended) is not None:
+            sys.exit(code)
         if not meeting.claim():
             meeting.stay()
             sys.exit(1)

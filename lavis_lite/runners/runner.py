@@ -29,7 +29,7 @@ from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
 from lavis_lite.runners.changed_data import note_data
-from lavis_lite.runners.faults import naming_lost_ranks
+from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
@@ -69,11 +69,11 @@ class Runner:
         (exit code 130).
 
         Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
-        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row, or a lost rank, after which
-        this process ignores SIGTERM).
+        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row, or a lost rank); of several
+        ranks with the same error one raises it and the others SystemExit, and they ignore SIGTERM from then on.
         """
         dist.init(self.cfg.run.timeout)
-        with self.files, naming_lost_ranks(self._where):
+        with self.files, speaking_once(self._where):
             if self._set_up():
                 with self.signals, self.progress:
                     if self._owes_evaluation():
@@ -213,10 +213,13 @@ class Runner:
             return
         state.skipped += 1
         state.skipped_in_row += 0 if searching else 1
-        logger.warning(
-            "step %d skipped: loss %s, gradient norm %s", state.step + 1, values["loss"], values["grad_norm"]
-        )
-        if self.log_file is not None:
+        if self.log_file is not None:  # the values are those of all ranks
+            logger.warning(
+                "step %d skipped: loss %s, gradient norm %s",
+                state.step + 1,
+                values["loss"],
+                values["grad_norm"],
+            )
             self.log_file.write("skipped", state.step + 1, values)
         if state.skipped_in_row > self.cfg.run.max_skipped:
             raise TrainingError(
