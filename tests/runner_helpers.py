@@ -24,6 +24,7 @@ TIMINGS = (
     "images_per_s",
     "data_wait",
     "data_wait_share",
+    "data_waits",
     "elapsed_s",
     "slowest_data_rank",
     "slowest_data_wait",

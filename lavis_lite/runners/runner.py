@@ -257,19 +257,23 @@ class Runner:
         self.progress.show(row)
 
     def _waits_of_ranks(self, window: Window) -> dict[str, Any]:
-        """Which rank waits longest for data, and how long a step; a warning where the others wait for it."""
+        """How long each rank waits for data a step, and which longest; a warning where the others wait for it."""
         if dist.world_size() == 1:
             return {}
         waits = [wait / window.steps for wait in dist.gather_objects(window.wait)]
         slowest = max(range(len(waits)), key=waits.__getitem__)
         others = (sum(waits) - waits[slowest]) / (len(waits) - 1)
         step_s = window.seconds / window.steps
-        if waits[slowest] - others > STRAGGLING * step_s:
+        if dist.is_main() and waits[slowest] - others > STRAGGLING * step_s:
             logger.warning(
                 "rank %d waits %.2f s a step for data, the others %.2f s, of %.2f s: all wait for its disk or workers",
                 slowest, waits[slowest], others, step_s,
             )  # fmt: skip
-        return {"slowest_data_rank": slowest, "slowest_data_wait": round(waits[slowest], 5)}
+        return {
+            "data_waits": [round(wait, 5) for wait in waits],
+            "slowest_data_rank": slowest,
+            "slowest_data_wait": round(waits[slowest], 5),
+        }
 
     def _epoch(self) -> float:
         return self.state.step * self.cfg.run.accum_grad_iters / self.parts.loader.batches_per_epoch
