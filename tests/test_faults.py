@@ -17,6 +17,7 @@ import torch.distributed as torch_dist
 from kills import is_writing, newest, ranks_of
 from runner_helpers import (
     assert_same_bits,
+    config,
     free_port,
     project,
     start,
@@ -29,6 +30,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import list_checkpoints
 from lavis_lite.common.errors import ConfigError, TrainingError
 from lavis_lite.runners import faults
+from lavis_lite.runners.runner import Runner
 
 STEPS = 12
 SEED = 7
@@ -264,6 +266,16 @@ def test_a_fault_that_would_come_again_is_said_once_and_not_tried_again(tmp_path
     assert "continuing" not in err, err[-3000:]  # no restart came as far as building the run
     assert err.count("skipped: loss nan") == 3, err[-3000:]
     assert newest(tmp_path / "run") == 3
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "step", "place"),
+    [(0, 0, "at step 1;"), (6, 5, "at step 6;"), (6, 6, "after step 6, the last;")],
+)
+def test_the_line_says_where_the_run_was(tmp_path: Path, max_steps: int, step: int, place: str) -> None:
+    runner = Runner(config(tmp_path))
+    runner.max_steps, runner.state.step = max_steps, step
+    assert runner._where().startswith(place)
 
 
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:

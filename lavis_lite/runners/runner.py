@@ -106,8 +106,10 @@ class Runner:
     def _where(self) -> str:
         """Where the run is, for the message of one that can't go on."""
         kept = ckpt.newest(self.run_dir)
-        step = self.state.step + 1
-        return f"at step {step}; last good checkpoint: {kept or 'none yet'}; the same command continues it"
+        step = self.state.step
+        # max_steps isn't known before all is built.
+        place = f"after step {step}, the last" if self.max_steps and self.finished else f"at step {step + 1}"
+        return f"{place}; last good checkpoint: {kept or 'none yet'}; the same command continues it"
 
     def _set_up(self) -> bool:
         """Find where to start and build everything; False for a finished run, whose summary is printed."""

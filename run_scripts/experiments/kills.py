@@ -1,12 +1,15 @@
 """Stage 1 on several processes that are killed again and again, against the same run left alone.
 
-    python run_scripts/experiments/kills.py --kills 20 --options run.strategy=fsdp2 run.save_async=true
+    python run_scripts/experiments/kills.py --kills 20 --strategy fsdp2 --options run.save_async=true
 
-A process drawn at random gets SIGKILL, every third time while a checkpoint is being written, else at a random
-moment after the run has made one; torchrun starts all of them again, and they go on from the newest checkpoint. In
-the end every tensor of the last checkpoint must be that of the undisturbed run, bit for bit: else the command
-fails. `--out` gets kills.json: where each process was hit, how long the run took to go on, the command, the commit
-and the machine. Needs /proc.
+The run left alone is timed: its start, its steps, its last evaluation. The moments of kills are drawn uniformly over
+the time that it would take with a new start after each of them, whatever the processes do: start, load, train or save.
+Only the last one is drawn from the last evaluation, which is too short to be hit by chance. A process drawn at random
+gets SIGKILL; torchrun starts all of them again, and they go on from the newest checkpoint. In the end every tensor of
+the last checkpoint must be that of the undisturbed run, bit for bit: else the command fails.
+
+`--out` gets kills.json: where each process was hit, how long the others took to end and the lines they said, the
+command, the commit and the machine. Needs /proc.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ import torch
 from seeds import REPOSITORY, surroundings
 
 from lavis_lite.common.checkpoint import FOLDER, list_checkpoints, load_tensors, open_optimizer, weights_file
+from lavis_lite.common.logging import read_rows
 
 CONFIG = str(REPOSITORY / "projects/blip2/pretrain_stage1.yaml")
 # A small run that saves often: what is tested lies between its steps.
@@ -45,76 +51,172 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strategy", default="auto", help="run.strategy: ddp, fsdp2, fairscale")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("output/kills"))
+    parser.add_argument("--out", type=Path, help="by default output/kills/<strategy>")
     args = parser.parse_args()
+    args.out = args.out or Path("output/kills") / args.strategy
     args.out.mkdir(parents=True, exist_ok=True)
     calm, disturbed = args.out / "calm", args.out / "disturbed"
-    if not list_checkpoints(calm / FOLDER):
-        wait_well(launch(calm, args))
+    times_file = args.out / "calm.json"
+    if not (times_file.is_file() and list_checkpoints(calm / FOLDER)):
+        shutil.rmtree(calm, ignore_errors=True)
+        times_file.write_text(json.dumps(timed(launch(calm, args), calm)) + "\n")
+    times = json.loads(times_file.read_text())
     shutil.rmtree(disturbed, ignore_errors=True)
-    hits = disturb(launch(disturbed, args), disturbed, args)
+    hits = Disturbance(launch(disturbed, args), disturbed, last_step=newest(calm)).run(times, args)
     different = compare(calm, disturbed)
-    away = [hit["seconds_until_next_checkpoint"] for hit in hits]
-    facts = {"command": " ".join(sys.argv), **surroundings(), "hits": hits, "different_tensors": different}
+    facts = {"command": " ".join(sys.argv), **surroundings(), "undisturbed": times, "hits": hits}
+    facts["different_tensors"] = different
     (args.out / "kills.json").write_text(json.dumps(facts, indent=1) + "\n")
-    writing = sum(hit["while_writing"] for hit in hits)
-    print(f"{len(hits)} kills, {writing} of them while a checkpoint was written; until the next checkpoint")
-    print(
-        f"{statistics.median(away):.1f} s (at most {max(away):.1f} s); tensors that differ: {len(different)}"
-    )
+    report(hits, args.kills)
+    print(f"tensors that differ: {len(different)}")
     if different:
         raise SystemExit(f"not the undisturbed run's: {', '.join(different[:5])}")
+
+
+def report(hits: list[dict[str, Any]], wanted: int) -> None:
+    """Say where processes were hit, and how the others ended."""
+    places = Counter(hit["place"] for hit in hits)
+    print(f"{len(hits)} kills of {wanted}:", ", ".join(f"{n} {place}" for place, n in places.most_common()))
+    if not hits:
+        return
+    seconds = [hit["seconds_to_exit"] for hit in hits]
+    print(
+        f"from a kill to the end of the others {statistics.median(seconds):.1f} s, at most {max(seconds):.1f} s"
+    )
+    lines = Counter(len(hit["said"]) for hit in hits)
+    print(
+        "lines said after a kill:", ", ".join(f"{n} in {times} kills" for n, times in sorted(lines.items()))
+    )
 
 
 def launch(folder: Path, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     """torchrun, which starts the processes again after each kill; what it says goes to a file beside the run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={args.processes}", f"--max-restarts={args.kills}"]
-    command += ["train.py", "--cfg-path", CONFIG, "--options", *SMALL, *args.options]
+    options = [*SMALL, f"run.strategy={args.strategy}", *args.options]
+    command += ["train.py", "--cfg-path", CONFIG, "--options", *options]
     with folder.with_suffix(".log").open("wb") as said:
         return subprocess.Popen(
             [*command, f"run.output_dir={folder.resolve()}"], stdout=said, stderr=said, cwd=REPOSITORY
         )
 
 
-def disturb(agent: subprocess.Popen[bytes], folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Kill processes until all kills are spent, and let the run end."""
-    rng = random.Random(args.seed)
-    hits: list[dict[str, Any]] = []
-    for number in range(args.kills):
-        reached = newest(folder)
-        until(agent, lambda reached=reached: newest(folder) > reached)
-        if number % 3 == 2:
-            until(agent, lambda: is_writing(folder))
-        else:
-            time.sleep(2.0 * rng.random())
-        rank = rng.randrange(args.processes)
-        step, writing, killed = newest(folder), is_writing(folder), time.monotonic()
-        kill(agent, rank)
-        until(agent, lambda step=step: newest(folder) > step)
-        seconds = round(time.monotonic() - killed, 1)
-        hits.append({"rank": rank, "after_step": step, "while_writing": writing})
-        hits[-1]["seconds_until_next_checkpoint"] = seconds
-        print(
-            f"kill {number + 1}: rank {rank} after step {step}{', writing' * writing}, {seconds} s",
-            flush=True,
-        )
+def timed(agent: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
+    """Let a run end; the seconds until its first step was done, its last, its last evaluation, and all."""
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+    step = 0
+    while agent.poll() is None:
+        now = last_logged(folder)
+        if now > step:
+            step, seconds["last_step"] = now, time.monotonic() - began
+            seconds.setdefault("first_step", seconds["last_step"])
+        if last_logged(folder, "eval") < step or not step:
+            seconds["evaluated"] = time.monotonic() - began
+        time.sleep(0.05)
     wait_well(agent)
-    return hits
+    seconds["end"] = time.monotonic() - began
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
-def kill(agent: subprocess.Popen[bytes], rank: int) -> None:
-    """SIGKILL for a rank; one that is just being started anew is waited for."""
+@dataclass
+class Disturbance:
+    """A run under torchrun, its folder, and the last step it is to reach.
 
-    def hit() -> bool:
-        try:
-            os.kill(ranks_of(agent.pid)[rank], signal.SIGKILL)
-        except (KeyError, OSError):
-            return False
-        return True
+    resumed: the step that the processes alive now went on from. begun: when those before them had ended (time.time).
+    """
 
-    until(agent, hit)
+    agent: subprocess.Popen[bytes]
+    folder: Path
+    last_step: int
+    resumed: int = 0
+    begun: float = 0.0
+
+    def run(self, times: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
+        """Kill processes at moments drawn from `times`, and let the run end; what became of each kill."""
+        rng = random.Random(args.seed)
+        began = time.monotonic()
+        hits: list[dict[str, Any]] = []
+        for left in range(args.kills - 1, 0, -1):
+            pause, start = self._pause(times, left, rng), time.monotonic()
+            if not self._waited(lambda pause=pause, start=start: time.monotonic() - start >= pause):
+                break
+            hits += self._hit(rng.randrange(args.processes), began)
+        if self._waited(lambda: self._place() == "evaluating"):
+            # Not to the end: this evaluation may be a bit faster than that of the run left alone.
+            time.sleep(rng.uniform(0.0, 0.8 * (times["evaluated"] - times["last_step"])))
+            hits += self._hit(rng.randrange(args.processes), began)
+        wait_well(self.agent)
+        return hits
+
+    def _pause(self, times: dict[str, float], left: int, rng: random.Random) -> float:
+        """How long the processes that start now may live: until the first of the moments of all kills that are left.
+
+        These are drawn over the time that the run would take with them, but so that the first comes before its end.
+        """
+        step_seconds = (times["last_step"] - times["first_step"]) / max(1, self.last_step - 1)
+        steps = step_seconds * (self.last_step - self.resumed)
+        whole = steps + (left + 1) * times["first_step"]
+        while True:
+            pause = min(rng.uniform(0.0, whole) for _ in range(left))
+            if pause < steps + times["first_step"]:
+                return pause
+
+    def _waited(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition; whether the run goes on."""
+        while not condition() and self.agent.poll() is None:
+            time.sleep(0.02)
+        return self.agent.poll() is None
+
+    def _hit(self, rank: int, began: float) -> list[dict[str, Any]]:
+        """SIGKILL for a rank, and what followed; nothing when the run ended before.
+
+        A rank that is not there, because torchrun is starting it anew, is hit as soon as it is.
+        """
+        said = self.folder.with_suffix(".log")
+        while self.agent.poll() is None:
+            ranks, heard = ranks_of(self.agent.pid), said.stat().st_size
+            hit = {"rank": rank, "after_step": newest(self.folder), "place": self._place()}
+            killed = time.monotonic()
+            if rank in ranks and _killed(ranks[rank]):
+                break
+            time.sleep(0.005)
+        else:
+            return []
+        until(lambda: not set(ranks.values()) & set(ranks_of(self.agent.pid).values()))
+        hit |= {"at_s": round(killed - began, 1), "seconds_to_exit": round(time.monotonic() - killed, 1)}
+        hit["said"] = re.findall(
+            r"^error: .*", said.read_bytes()[heard:].decode(errors="replace"), re.MULTILINE
+        )
+        self.resumed, self.begun = newest(self.folder), time.time()
+        print(json.dumps(hit), flush=True)
+        return [hit]
+
+    def _place(self) -> str:
+        """What the processes are at: starting, writing a checkpoint, training, evaluating at the end."""
+        log = self.folder / "log.jsonl"
+        step = last_logged(self.folder)
+        # Until they open the log its last rows are those of the processes before.
+        if not log.is_file() or log.stat().st_mtime < self.begun or step <= self.resumed:
+            return "starting"
+        if is_writing(self.folder):
+            return "writing"
+        return "training" if step < self.last_step else "evaluating"
+
+
+def _killed(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def last_logged(folder: Path, kind: str = "train") -> int:
+    """The last step of training, or of another kind of row, in a run's log, 0 before there is one."""
+    return max((row["step"] for row in read_rows(folder / "log.jsonl") if row["kind"] == kind), default=0)
 
 
 def wait_well(agent: subprocess.Popen[bytes]) -> None:
@@ -123,15 +225,13 @@ def wait_well(agent: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"torchrun failed: {agent.args}")
 
 
-def until(agent: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
-    """Wait for it; an error when the run ends before, or nothing happens for PATIENCE seconds."""
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it; an error when it takes more than PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
     while not condition():
-        if agent.poll() is not None:
-            raise SystemExit("the run ended before all kills were spent; give it more run.max_steps")
         if time.monotonic() > end:
             raise SystemExit(f"nothing happened for {PATIENCE:.0f} s")
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def newest(folder: Path) -> int:
