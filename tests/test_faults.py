@@ -124,6 +124,41 @@ def test_lost_ranks_are_named_in_one_line(
     )
 
 
+# One of two ranks dies in an evaluation that the other waits for it in.
+DYING = """
+import os, signal, sys
+from lavis_lite.cli import main
+from lavis_lite.common import dist
+from lavis_lite.runners import evaluation
+def evaluate(*_, **__):
+    if dist.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+evaluation.evaluate_splits = evaluate
+sys.exit(main(["evaluate", "--cfg-path", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_lost_in_an_evaluation_is_one_line_too(tmp_path: Path) -> None:
+    path = project(tmp_path, max_steps=1, timeout=2.0)
+    Runner(config(tmp_path, max_steps=1, timeout=2.0)).train()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", DYING, str(path)]
+    ranks = [start(command, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", **common) for r in (0, 1)]
+    try:
+        err = ranks[0].communicate(timeout=120)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1 and "Traceback" not in err, err[-3000:]
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err[-3000:]
+    assert lines[0].startswith(
+        "error: rank 1 of 2 ended or fell silent in the evaluation; the same command"
+    ), lines
+
+
 @pytest.mark.parametrize(
     ("text", "lost"),
     [

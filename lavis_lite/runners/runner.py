@@ -406,6 +406,12 @@ class Runner:
         Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
         """
         dist.init(self.cfg.run.timeout)
+        with speaking_once(lambda: "in the evaluation; the same command evaluates again"):
+            metrics = self._evaluate()
+        dist.shutdown()
+        return metrics
+
+    def _evaluate(self) -> dict[str, float]:
         run = self.cfg.run
         base, source = build_for_evaluation(self.cfg)
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
@@ -420,7 +426,6 @@ class Runner:
             rows = read_rows(self.run_dir / resume.LOG_FILE)
             lines = ev.closing(base, results, rows, facts, expected=self.cfg.expected)
             self._print(lines)
-        dist.shutdown()
         return metrics
 
     def _print(self, lines: list[str]) -> None:
