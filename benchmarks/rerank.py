@@ -30,9 +30,8 @@ from stage1_step import (
     copy_weights,
     make_ours,
 )
-from timing import show, surroundings, time_alternately
+from timing import count_flop, show, surroundings, time_alternately
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_lite.common.device import autocast
 from lavis_lite.models.blip2_qformer import Blip2QFormer
@@ -110,7 +109,7 @@ def compare(
     }
     scores, flop = {}, {}
     for name, side in sides.items():
-        with FlopCounterMode(display=False) as counter:
+        with count_flop() as counter:
             scores[name] = side()
         flop[name] = counter.get_total_flops()
     difference = float((scores["plain"] - scores["ours"]).abs().max())

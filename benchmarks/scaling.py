@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import run_processes, show, surroundings
-from torch.utils.flop_counter import FlopCounterMode
+from timing import count_flop, run_processes, show, surroundings
 
 from lavis_lite.common import dist
 from lavis_lite.common.config import load_config
@@ -98,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         _wait(device)
 
-    with FlopCounterMode(display=False) if not args.compile else contextlib.nullcontext() as counter:
+    with count_flop() if not args.compile else contextlib.nullcontext() as counter:
         step()
     step()
     seconds = []

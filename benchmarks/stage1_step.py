@@ -29,9 +29,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import show, surroundings
+from timing import count_flop, show, surroundings
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_lite.common.device import autocast
 from lavis_lite.common.registry import registry
@@ -247,7 +246,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         outputs = {}
         for name in steps if index % 2 else reversed(steps):
             if index == 0:
-                with FlopCounterMode(display=False) as counter:
+                with count_flop() as counter:
                     outputs[name] = steps[name]()
                 flops[name] = counter.get_total_flops()
                 continue

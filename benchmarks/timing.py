@@ -13,6 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def count_flop() -> FlopCounterMode:
+    """A counter of the FLOP of what runs within it: matrix products, convolutions, attention; forward and backward.
+
+    torch's own table leaves out the attention kernel of CPUs, and would count only sides that write attention out.
+    """
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(
+        grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def time_alternately(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:

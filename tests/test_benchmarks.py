@@ -118,3 +118,26 @@ def test_scaling_is_measured_for_every_strategy(monkeypatch: pytest.MonkeyPatch,
     # The other process's pictures and texts are compared with, and drawn as negatives, too.
     assert cases[0]["gflop_a_process"] < cases[1]["gflop_a_process"] == cases[2]["gflop_a_process"]
     assert "<svg" in picture.read_text()
+
+
+def test_attention_is_counted_like_the_products_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    count_flop = importlib.import_module("timing").count_flop
+    query, key = (torch.randn(2, 3, length, 16, requires_grad=True) for length in (5, 7))
+    value = torch.randn(2, 3, 7, 16, requires_grad=True)
+
+    def written_out() -> torch.Tensor:
+        return (query @ key.transpose(-1, -2)).softmax(-1) @ value
+
+    def in_one() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    counts = []
+    for attend in (written_out, in_one):
+        with count_flop() as counter:
+            attend()
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * 2 * 3 * 5 * 7 * 16] * 2
+    with count_flop() as counter:
+        in_one().sum().backward()
+    assert counter.get_total_flops() > 3 * counts[0]  # three products' gradients, and the scores made again
