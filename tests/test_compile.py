@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from generative_helpers import tiny_generative_config
 from runner_helpers import assert_same_bits, config, weights
 from stage1_helpers import tiny_config, tiny_samples, write_tokenizer
@@ -32,19 +33,31 @@ def build(stage: int, folder: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.skipif(not WORKS, reason="torch.compile doesn't work here")
 @pytest.mark.parametrize("stage", [1, 2])
-def test_compiled_blocks_give_the_same_losses_and_gradients(stage: int, tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_losses_and_gradients(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all variants are compiled: what goes beyond torch's limit is an error here. Generation is not compiled."""
+    torch._dynamo.reset()
     plain, compiled = build(stage, tmp_path), build(stage, tmp_path)
     assert compiling.compile_blocks(compiled, CPU) > 0
-    results = []
+    image = tiny_samples(3)["image"]
+    said: list[str] = []
+    monkeypatch.setattr(compiling.logger, "warning", lambda text, *args: said.append(text % args))
+    results, texts = [], []
     for model in (plain, compiled):
         for batch in (4, 3):  # other sizes than those first compiled for
             torch.manual_seed(1)
             model.zero_grad()
-            loss = model(tiny_samples(batch))["loss"]
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                loss = model(tiny_samples(batch))["loss"]
             loss.backward()
+            generated = model.eval().generate({"image": image}, num_beams=2, max_length=6)
+            model.train()
         results.append((loss.detach(), model.query_tokens.grad))
+        texts.append(generated)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert texts[0] == texts[1] and not said
     assert list(plain.state_dict()) == list(compiled.state_dict())
     assert list(plain.trainable_state_dict()) == list(compiled.trainable_state_dict())
 
@@ -74,3 +87,27 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(
     ]
     plain = Runner(config(tmp_path / "plain")).train()
     assert_same_bits(weights(result.checkpoint), weights(plain.checkpoint))
+
+
+def test_a_block_that_cannot_be_compiled_runs_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something small compiles, a block of the model does not: one line, and the numbers of a plain run."""
+
+    def failing(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no kernel for this\nlong explanation")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(compiling, "_try_out", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=failing))
+    said: list[str] = []
+    monkeypatch.setattr(compiling.logger, "warning", lambda text, *args: said.append(text % args))
+    plain, compiled = build(1, tmp_path), build(1, tmp_path)
+    assert compiling.compile_blocks(compiled, CPU) > 0
+    losses = []
+    for model in (plain, compiled, compiled):
+        torch.manual_seed(1)
+        losses.append(model(tiny_samples(4))["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    assert len(said) == 1 and "\n" not in said[0] and "no kernel for this" in said[0]
+    assert said[0].startswith("run.compile: going on without, since a block can't be compiled: ")
