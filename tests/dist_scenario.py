@@ -87,6 +87,9 @@ def main(folder: Path) -> None:
     part = {name: x[rank * BATCH : (rank + 1) * BATCH] for name, x in joined_batch().items()}
     found = gradients(part)
     found["bools"] = dist.all_gather(torch.tensor([rank == 1, True]))
+    own = torch.full((rank + 1, 2), float(rank))
+    found["rows"] = dist.rows_of_ranks(own)
+    found["uneven"] = dist.all_gather(own, found["rows"])
     found["objects"] = dist.gather_objects([f"from {rank}"] * (rank + 1))
     found["broadcast"] = dist.broadcast_object({"rank": rank})
     found["mean"] = dist.reduce_mean({"b": torch.tensor(float(rank)), "a": 2.0 * rank})

@@ -32,7 +32,19 @@ from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.parallel.base import build_strategy
 
 STEPS, ROWS = 5, 8
-RUNS = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("fairscale", 2), ("fairscale", 4)]
+ACCUM = 2  # batches per step
+# Strategy, processes and options by the name of a run.
+RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "single": ("single", 1, {}),
+    "ddp2": ("ddp", 2, {}),
+    "ddp4": ("ddp", 4, {}),
+    "fsdp2_2": ("fsdp2", 2, {}),
+    "fsdp2_2_offloaded": ("fsdp2", 2, {"cpu_offload": True}),
+    "fsdp2_4": ("fsdp2", 4, {}),
+    "fairscale2": ("fairscale", 2, {}),
+    "fairscale2_recomputing": ("fairscale", 2, {"checkpoint_blocks": True}),
+    "fairscale4": ("fairscale", 4, {}),
+}
 BLOCKS = {"name": "shapes_vit", "width": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
 WORDS = [
     "dogs",
@@ -42,7 +54,7 @@ WORDS = [
     "a red dog and a cat",
     "the mat runs",
 ]
-Case = tuple[Callable[[Path], nn.Module], Callable[[int], dict[str, Any]], int, bool]
+Case = tuple[Callable[[Path, bool], nn.Module], Callable[[int], dict[str, Any]]]
 
 
 def hardest(logits: Tensor, same: Tensor, *, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -51,18 +63,22 @@ def hardest(logits: Tensor, same: Tensor, *, count: int = 1) -> tuple[Tensor, Te
     return best.indices, best.values > float("-inf")
 
 
-def stage1(folder: Path) -> nn.Module:
-    vision = {**BLOCKS, "freeze": False, "grad_checkpointing": True}
+def stage1(folder: Path, recompute: bool) -> nn.Module:
+    vision = {**BLOCKS, "freeze": False, "grad_checkpointing": recompute}
     return Blip2QFormer.from_config(tiny_config(write_tokenizer(folder / "bert"), vision_encoder=vision))
 
 
-def stage2(folder: Path) -> nn.Module:
-    low = {"language_model": {"grad_checkpointing": True}, "vision_encoder": {**BLOCKS, "precision": "bf16"}}
+def stage2(folder: Path, recompute: bool) -> nn.Module:
+    low = {
+        "language_model": {"grad_checkpointing": recompute},
+        "vision_encoder": {**BLOCKS, "precision": "bf16"},
+    }
     return Blip2Generative.from_config(tiny_generative_config(folder / "opt", "opt", **low))
 
 
-def vqa(folder: Path) -> nn.Module:
-    return Blip2Generative.from_config(question_config(folder / "vqa", "t5", vision_encoder=BLOCKS))
+def vqa(folder: Path, recompute: bool) -> nn.Module:
+    parts = {"language_model": {"grad_checkpointing": recompute}, "vision_encoder": BLOCKS}
+    return Blip2Generative.from_config(question_config(folder / "vqa", "t5", **parts))
 
 
 def pairs(seed: int) -> dict[str, Any]:
@@ -77,12 +93,7 @@ def questions(seed: int) -> dict[str, Any]:
     return {"image": tiny_samples(ROWS, seed=seed)["image"], "text_input": asked, "text_output": answers}
 
 
-# A model, its batches, accumulated batches per step, and whether the last batch has other sizes on each rank.
-CASES: dict[str, Case] = {
-    "stage1": (stage1, pairs, 2, False),
-    "stage2": (stage2, pairs, 1, True),
-    "vqa": (vqa, questions, 2, True),
-}
+CASES: dict[str, Case] = {"stage1": (stage1, pairs), "stage2": (stage2, pairs), "vqa": (vqa, questions)}
 
 
 def share(samples: dict[str, Any], uneven: bool) -> dict[str, Any]:
@@ -95,18 +106,19 @@ def share(samples: dict[str, Any], uneven: bool) -> dict[str, Any]:
     return {key: value[edges[rank] : edges[rank + 1]] for key, value in samples.items()}
 
 
-def build(case: str, folder: Path) -> nn.Module:
+def build(case: str, folder: Path, *, recompute: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    model = CASES[case][0](folder)
+    model = CASES[case][0](folder, recompute)
     enlarge_weights(model, std=0.1)
     return model.train()
 
 
-def train(name: str, case: str, folder: Path) -> dict[str, Any]:
-    """Losses, gradient norms and trained weights of five steps."""
-    _, batch_of, accum, uneven = CASES[case]
-    strategy = build_strategy(name)
-    model = build(case, folder)
+def train(run: str, case: str, folder: Path) -> dict[str, Any]:
+    """Losses, gradient norms and trained weights of five steps; the last batch has other sizes on each rank."""
+    name, _, options = RUNS[run]
+    batch_of = CASES[case][1]
+    strategy = build_strategy(name, options)
+    model = build(case, folder, recompute="checkpoint_blocks" not in options)
     device = torch.device("cpu")
     wrapped, optimizer = strategy.prepare(
         model, device, betas=(0.9, 0.98), weight_decay=0.05, lr_layer_decay=0.9
@@ -118,14 +130,14 @@ def train(name: str, case: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         total = 0.0
-        for micro in range(accum):
-            last = step == STEPS - 1 and micro == accum - 1
-            samples = share(batch_of(step * accum + micro), uneven and last)
-            context = strategy.no_sync(wrapped) if micro < accum - 1 else memoryless()
+        for micro in range(ACCUM):
+            last = step == STEPS - 1 and micro == ACCUM - 1
+            samples = share(batch_of(step * ACCUM + micro), last)
+            context = strategy.no_sync(wrapped) if micro < ACCUM - 1 else memoryless()
             with context:
                 loss = wrapped(samples)["loss"]
-                (loss / accum).backward()
-            total += dist.reduce_mean({"loss": loss})["loss"] / accum
+                (loss / ACCUM).backward()
+            total += dist.reduce_mean({"loss": loss})["loss"] / ACCUM
         found["losses"].append(total)
         found["norms"].append(float(strategy.clip_gradients(optimizer, 1.0)))
         optimizer.step()
@@ -177,16 +189,16 @@ def main(folder: Path, only: str | None = None) -> None:
     losses.sample_negatives = hardest
     for case in CASES:  # what models and optimisers import late, imported once and not in every rank
         build(case, folder / "imports")
-    for name, world in RUNS:
+    for run, (name, world, _) in RUNS.items():
         if only not in (None, name):
             continue
         for rank in ranks(world):
             try:
                 dist.init(2)
                 for case in CASES:
-                    found = train(name, case, folder / f"{name}{world}.{rank}")
+                    found = train(run, case, folder / f"{run}.{rank}")
                     if rank == 0:
-                        torch.save(found, folder / f"{name}{world}.{case}.pt")
+                        torch.save(found, folder / f"{run}.{case}.pt")
             except BaseException:
                 import traceback
 

@@ -255,7 +255,7 @@ def test_detached_gathering_halves_the_itc_gradient(tokenizer: str) -> None:
         queries = model.Qformer.encode_queries(
             model.query_tokens, model.project_image(model.encode_image(batch["image"]))
         )
-        contrast = model._contrast(queries, tokens, batch["image_id"])
+        contrast = model._contrast(queries, tokens, batch["image_id"], [len(tokens)])
         losses.itc_loss(
             contrast.logits_i2t, contrast.logits_t2i, contrast.same_image, smoothing=0.1
         ).backward()

@@ -44,6 +44,7 @@ def test_two_ranks_have_the_gradient_of_the_joined_batch(ranks: list[dict[str, A
 def test_collectives_agree_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["bools"].tolist() == [False, True, True, True] and found["bools"].dtype == torch.bool
+        assert found["rows"] == [1, 2] and found["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
         assert found["objects"] == [["from 0"], ["from 1", "from 1"]]
         assert found["broadcast"] == {"rank": 0}
         assert found["mean"] == {"a": 1.0, "b": 0.5}

@@ -18,30 +18,28 @@ from lavis_lite.parallel import auto
 from lavis_lite.parallel.base import build_strategy, check_quantized, clip_shards, is_quantized
 from lavis_lite.parallel.blocks import transformer_blocks
 
-SHARDED = [(name, world) for name, world in RUNS if name != "single"]
+SEVERAL = [run for run in RUNS if run != "single"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     folder = tmp_path_factory.mktemp("strategies")
     process = start([sys.executable, "-m", "tests.strategy_scenario", str(folder)])
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     read = {}
-    for name, world in RUNS:
+    for run in RUNS:
         for case in CASES:
-            read[name, world, case] = torch.load(folder / f"{name}{world}.{case}.pt", weights_only=True)
+            read[run, case] = torch.load(folder / f"{run}.{case}.pt", weights_only=True)
     return read
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("name", "world"), SHARDED)
-def test_as_one_process_with_the_joined_batch(
-    found: dict[Any, Any], name: str, world: int, case: str
-) -> None:
-    """Five steps with clipping; accumulation, recomputed activations and an uneven last batch, as CASES say."""
-    one, several = found["single", 1, case], found[name, world, case]
+@pytest.mark.parametrize("run", SEVERAL)
+def test_as_one_process_with_the_joined_batch(found: dict[Any, Any], run: str, case: str) -> None:
+    """Five steps with clipping; accumulation, recomputed activations, an uneven last batch."""
+    one, several = found["single", case], found[run, case]
     assert several["losses"] == pytest.approx(one["losses"], rel=2e-5)
     assert several["norms"] == pytest.approx(one["norms"], rel=1e-4)
     assert several["weights"].keys() == one["weights"].keys()
@@ -50,22 +48,20 @@ def test_as_one_process_with_the_joined_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "world"), SHARDED)
-def test_a_checkpoint_has_the_same_tensors_under_every_strategy(
-    found: dict[Any, Any], name: str, world: int
-) -> None:
+@pytest.mark.parametrize("run", SEVERAL)
+def test_a_checkpoint_has_the_same_tensors_under_every_strategy(found: dict[Any, Any], run: str) -> None:
     for case in CASES:
-        one, several = found["single", 1, case]["moments"], found[name, world, case]["moments"]
+        one, several = found["single", case]["moments"], found[run, case]["moments"]
         assert {key: x.shape for key, x in one.items()} == {key: x.shape for key, x in several.items()}
         for key, moment in one.items():
             torch.testing.assert_close(several[key], moment, rtol=1e-2, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "world"), SHARDED)
-def test_ranks_evaluate_alone_between_two_steps(found: dict[Any, Any], name: str, world: int) -> None:
+@pytest.mark.parametrize("run", SEVERAL)
+def test_ranks_evaluate_alone_between_two_steps(found: dict[Any, Any], run: str) -> None:
     for case in CASES:
-        one, several = found["single", 1, case]["alone"], found[name, world, case]["alone"]
+        one, several = found["single", case]["alone"], found[run, case]["alone"]
         assert several == pytest.approx(one, rel=1e-4)
 
 

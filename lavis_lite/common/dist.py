@@ -155,38 +155,59 @@ def local_main_first() -> Iterator[None]:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_gather(x)
+    def forward(ctx: Any, x: Tensor, rows: list[int]) -> Tensor:
+        ctx.rows = rows
+        return all_gather(x, rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        pieces = list(grad.chunk(world_size()))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        most = max(ctx.rows)
+        pieces = [_filled(piece.contiguous(), most) for piece in grads[0].split(ctx.rows)]
         own = torch.empty_like(pieces[0])
         torch_dist.reduce_scatter(own, pieces)
-        return own
+        return own[: ctx.rows[rank()]], None
 
 
-def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Every rank's rows, in rank order: [B, ...] -> [W*B, ...], with gradient back to the rows' own ranks.
+def rows_of_ranks(x: Tensor) -> list[int]:
+    """How many rows each rank has in a tensor [B, ...], in rank order."""
+    if world_size() == 1:
+        return [len(x)]
+    if torch_dist.get_backend() == "fake":  # a plan's, whose other ranks are pretended
+        return [len(x)] * world_size()
+    counts: list[int] = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
+    return counts
 
-    All ranks must hold the same shape. The backward sums over ranks (see the module's convention).
+
+def all_gather_with_grad(x: Tensor, rows: list[int] | None = None) -> Tensor:
+    """Every rank's rows, in rank order: [B, ...] -> [sum of B, ...], with gradient back to the rows' own ranks.
+
+    The backward sums over ranks (see the module's convention).
+
+    Args:
+        rows: as of `rows_of_ranks`; None where all ranks have as many, which nothing checks.
     """
     if world_size() == 1:
         return x
-    gathered: Tensor = _AllGather.apply(x)
+    gathered: Tensor = _AllGather.apply(x, rows or [len(x)] * world_size())
     return gathered
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """Every rank's rows, in rank order, without gradient: [B, ...] -> [W*B, ...]; same shape on all ranks."""
+def all_gather(x: Tensor, rows: list[int] | None = None) -> Tensor:
+    """Every rank's rows, in rank order, without gradient: [B, ...] -> [sum of B, ...]; `rows` as above."""
     if world_size() == 1:
         return x.detach()
-    source = x.detach().contiguous()
+    counts = rows or [len(x)] * world_size()
+    source = _filled(x.detach().contiguous(), max(counts))
     sent = source.to(torch.uint8) if source.dtype == torch.bool else source
     pieces = [torch.empty_like(sent) for _ in range(world_size())]
     torch_dist.all_gather(pieces, sent)
-    return torch.cat(pieces).to(source.dtype)
+    kept = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
+    return torch.cat(kept).to(source.dtype)
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind it: collectives want the same shape of all ranks."""
+    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def gather_objects(obj: T) -> list[T]:

@@ -56,12 +56,13 @@ class Features:
 class Contrast:
     """What image-text contrast leaves for the other losses.
 
-    logits_i2t, logits_t2i: [B, G], similarity / temperature. same_image: bool[B, G].
+    logits_i2t, logits_t2i: [B, G], similarity / temperature. same_image: bool[B, G]. rows: B of each rank.
     """
 
     logits_i2t: Tensor
     logits_t2i: Tensor
     same_image: Tensor
+    rows: list[int]
 
 
 @registry.register_model("blip2")
@@ -151,14 +152,18 @@ class Blip2QFormer(Blip2Base):
         """
         batch = complete_samples(samples)
         tokens = self.Qformer.look_up(self.tokenize(batch["text_input"]), dec_id=self.tokenizer.dec_id)
+        # Asked for before the encoder, which it would wait for on a GPU.
+        rows = dist.rows_of_ranks(tokens.input_ids) if self._exchanges() else [len(tokens)]
         image_embeds = self.encode_image(batch["image"])
         image_kv = self.project_image(image_embeds)
         queries = self.encode_queries(image_kv)
 
-        contrast = self._contrast(queries, tokens, batch["image_id"])
+        contrast = self._contrast(queries, tokens, batch["image_id"], rows)
         loss_itc = losses.itc_loss(
             contrast.logits_i2t, contrast.logits_t2i, contrast.same_image, smoothing=self.label_smoothing
         )
+        # A mean over the joined batch is the ranks' average of means that weigh as much as their rows.
+        loss_itc = loss_itc * (len(tokens) * len(rows) / sum(rows))
         loss_itm, itm_acc = self._match(image_embeds, image_kv, tokens, contrast)
         loss_itg = self._generate_loss(queries, tokens)
         return {
@@ -169,16 +174,18 @@ class Blip2QFormer(Blip2Base):
             "itm_acc": itm_acc,
         }
 
-    def _contrast(self, queries: QueryStates, tokens: TextTokens, image_id: Tensor) -> Contrast:
+    def _contrast(
+        self, queries: QueryStates, tokens: TextTokens, image_id: Tensor, rows: list[int]
+    ) -> Contrast:
         """Similarities of this rank's rows with those of all ranks."""
         if self.training:
             with torch.no_grad():
                 self.temp.clamp_(*TEMPERATURE_RANGE)
         image_feats, text_feat = self._query_features(queries), self.text_features(tokens)
-        sim_i2t = losses.itc_similarity(image_feats, self._gather_features(text_feat))
-        sim_t2i = losses.itc_similarity(self._gather_features(image_feats), text_feat).t()
-        same_image = image_id[:, None] == self._gather(image_id)
-        return Contrast(sim_i2t / self.temp, sim_t2i / self.temp, same_image)
+        sim_i2t = losses.itc_similarity(image_feats, self._gather_features(text_feat, rows))
+        sim_t2i = losses.itc_similarity(self._gather_features(image_feats, rows), text_feat).t()
+        same_image = image_id[:, None] == self._gather(image_id, rows)
+        return Contrast(sim_i2t / self.temp, sim_t2i / self.temp, same_image, rows)
 
     def _match(
         self, image_embeds: Tensor, image_kv: ImageKV, tokens: TextTokens, contrast: Contrast
@@ -189,8 +196,9 @@ class Blip2QFormer(Blip2Base):
         images, images_valid = losses.sample_negatives(contrast.logits_t2i, contrast.same_image, count=count)
         others = texts.shape[1]
         # Every image with its own text and its negatives side by side, then every text with its negative images.
-        pairs_kv = [(image_kv, 1 + others), (self._negative_images(image_embeds, image_kv, images), 1)]
-        logits = self.match_logits(pairs_kv, self._paired_texts(tokens, texts))
+        negatives = self._negative_images(image_embeds, image_kv, images, contrast.rows)
+        pairs_kv = [(image_kv, 1 + others), (negatives, 1)]
+        logits = self.match_logits(pairs_kv, self._paired_texts(tokens, texts, contrast.rows))
 
         labels = torch.zeros(len(logits), dtype=torch.long, device=self.device)
         labels[: len(tokens) * (1 + others) : 1 + others] = 1
@@ -199,21 +207,25 @@ class Blip2QFormer(Blip2Base):
         valid = torch.cat([torch.cat([some, texts_valid], 1).flatten(), images_valid.flatten()])
         return losses.itm_loss(logits, labels, valid, total=self._mean_over_ranks(valid.sum()))
 
-    def _negative_images(self, image_embeds: Tensor, image_kv: ImageKV, images: Tensor) -> ImageKV:
+    def _negative_images(
+        self, image_embeds: Tensor, image_kv: ImageKV, images: Tensor, rows: list[int]
+    ) -> ImageKV:
         """The images drawn for each text, numbered over the ranks [B, K] -> B * K of them."""
         if not self._exchanges():
             return image_kv[images.flatten()]
         # Features travel and the drawn ones are projected again: keys and values of all blocks would be 6.5
         # times as much to send at full size (6 x 2 x 768 numbers a token against 1408).
-        return self.project_image(dist.all_gather_with_grad(image_embeds)[images.flatten()])
+        return self.project_image(dist.all_gather_with_grad(image_embeds, rows)[images.flatten()])
 
-    def _paired_texts(self, tokens: TextTokens, texts: Tensor) -> TextTokens:
+    def _paired_texts(self, tokens: TextTokens, texts: Tensor, counts: list[int]) -> TextTokens:
         """Each own text followed by those drawn for its image [B, K], then each own text K times."""
         everywhere, offset = tokens, 0
         if self._exchanges():
             wide = tokens.padded(self.max_txt_len)
-            everywhere = TextTokens(self._gather(wide.input_ids), self._gather(wide.attention_mask))
-            offset = dist.rank() * len(tokens)
+            everywhere = TextTokens(
+                self._gather(wide.input_ids, counts), self._gather(wide.attention_mask, counts)
+            )
+            offset = sum(counts[: dist.rank()])
         own = torch.arange(len(tokens), device=self.device)[:, None] + offset
         rows = torch.cat([torch.cat([own, texts], 1).flatten(), own.expand_as(texts).flatten()])
         return everywhere[rows].trimmed() if self._exchanges() else everywhere[rows]
@@ -229,13 +241,13 @@ class Blip2QFormer(Blip2Base):
         # Evaluation shards differ in length, so nothing may wait for another rank there.
         return self.training and dist.world_size() > 1
 
-    def _gather(self, x: Tensor) -> Tensor:
-        return dist.all_gather(x) if self._exchanges() else x
+    def _gather(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
+        return dist.all_gather(x, rows) if self._exchanges() else x
 
-    def _gather_features(self, x: Tensor) -> Tensor:
+    def _gather_features(self, x: Tensor, rows: list[int]) -> Tensor:
         if not self.itc_gather_with_grad:
-            return self._gather(x).detach()
-        return dist.all_gather_with_grad(x) if self._exchanges() else x
+            return self._gather(x, rows).detach()
+        return dist.all_gather_with_grad(x, rows) if self._exchanges() else x
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         # A mean over the joined batch is the ranks' average of sums divided by this.
