@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,6 +31,7 @@ from lavis_lite.models import losses
 from lavis_lite.models.blip2_generative import Blip2Generative
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.parallel.base import build_strategy
+from lavis_lite.parallel.blocks import transformer_blocks
 
 STEPS, ROWS = 5, 8
 ACCUM = 2  # batches per step
@@ -136,6 +138,8 @@ def train(run: str, case: str, folder: Path) -> dict[str, Any]:
             context = strategy.no_sync(wrapped) if micro < ACCUM - 1 else memoryless()
             with context:
                 loss = wrapped(samples)["loss"]
+                if step == 0 and name == "fsdp2":
+                    found["frozen"] = frozen_parts(model)
                 (loss / ACCUM).backward()
             total += dist.reduce_mean({"loss": loss})["loss"] / ACCUM
         found["losses"].append(total)
@@ -147,6 +151,15 @@ def train(run: str, case: str, folder: Path) -> dict[str, Any]:
     found["weights"] = strategy.model_tensors(model)
     found["moments"] = strategy.optimizer_tensors(optimizer)
     return found
+
+
+def frozen_parts(model: nn.Module) -> list[tuple[str, int, int, int]]:
+    """Of every frozen weight of a block: dtype, first dimension, all numbers, those that this rank has now."""
+    frozen = [p for block in transformer_blocks(model) for p in block.parameters() if not p.requires_grad]
+    return [
+        (str(p.dtype), len(p), p.numel(), (p.to_local() if isinstance(p, DTensor) else p).numel())
+        for p in frozen
+    ]
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from runner_helpers import start
+import yaml
+from runner_helpers import assert_same_bits, project, run_ranks, start, train_command, weights
 from strategy_scenario import CASES, RUNS
 from torch import nn
 
 from lavis_lite.common import dist
+from lavis_lite.common.checkpoint import newest
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel import auto
 from lavis_lite.parallel.base import build_strategy, check_quantized, clip_shards, is_quantized
@@ -63,6 +65,18 @@ def test_ranks_evaluate_alone_between_two_steps(found: dict[Any, Any], run: str)
     for case in CASES:
         one, several = found["single", case]["alone"], found[run, case]["alone"]
         assert several == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [run for run in SEVERAL if RUNS[run][0] == "fsdp2"])
+def test_frozen_blocks_are_in_parts_again_after_their_forward(found: dict[Any, Any], run: str) -> None:
+    """In their own precision, while the step's backward is still to come."""
+    world = RUNS[run][1]
+    for case, dtypes in (("stage2", {"torch.bfloat16", "torch.float32"}), ("vqa", {"torch.float32"})):
+        frozen = found[run, case]["frozen"]
+        assert {dtype for dtype, *_ in frozen} == dtypes
+        for _, rows, numbers, own in frozen:
+            assert own == -(-rows // world) * (numbers // rows)  # the first rank's part
 
 
 class Piecewise(nn.Module):
@@ -139,3 +153,38 @@ def test_options_are_the_keywords_of_the_strategy(monkeypatch: pytest.MonkeyPatc
     assert build_strategy("fairscale", {"checkpoint_blocks": True}).checkpoint_blocks  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
         build_strategy("fsdp2", {"cpu_ofload": True})
+
+
+MINE = """
+from lavis_lite.common import dist
+from lavis_lite.common.registry import registry
+from lavis_lite.parallel.ddp import DDPStrategy
+
+
+@registry.register_strategy("mine")
+class Mine(DDPStrategy):
+    def __init__(self, *, notes: str) -> None:
+        self.notes = notes
+
+    def wrap(self, model, device):
+        with open(f"{self.notes}/{dist.rank()}", "w") as file:
+            file.write("wrapped")
+        return super().wrap(model, device)
+"""
+
+
+@pytest.mark.slow
+def test_a_strategy_of_one_s_own_trains(tmp_path: Path) -> None:
+    """Registered by a file that `imports` names, with options: the weights are those of ddp."""
+    (tmp_path / "mine.py").write_text(MINE)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    own = project(tmp_path / "mine", strategy="mine", strategy_options={"notes": str(notes)}, max_steps=2)
+    content = yaml.safe_load(own.read_text())
+    content["imports"].append(str(tmp_path / "mine.py"))
+    own.write_text(yaml.safe_dump(content))
+    run_ranks(train_command(own))
+    run_ranks(train_command(project(tmp_path / "ddp", strategy="ddp", max_steps=2)))
+    assert sorted(path.name for path in notes.iterdir()) == ["0", "1"]
+    one, other = (weights(newest(tmp_path / name / "run")) for name in ("mine", "ddp"))
+    assert_same_bits(one, other)

@@ -73,6 +73,7 @@ class FSDP2Strategy(Strategy):
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The sharded model, on the device."""
         root = _Root(model)
+        self.device = device
         mesh = init_device_mesh(device.type, (dist.world_size(),))
         # A scalar (the temperature) has no dimension to shard: every rank keeps it.
         whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
@@ -127,8 +128,7 @@ class FSDP2Strategy(Strategy):
         for grad in scalars:
             torch_dist.all_reduce(grad)
             grad /= dist.world_size()
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return clip_shards(parts, scalars, max_norm, device)
+        return clip_shards(parts, scalars, max_norm, self.device)
 
     def model_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Gathered one by one, so that no rank ever holds them all but the main one, on its CPU."""
