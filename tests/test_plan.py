@@ -18,7 +18,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.sizes import parse_bytes
 from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
-from lavis_lite.runners.planning.proposals import propose
+from lavis_lite.runners.planning.proposals import _settings, _smaller_batch, propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
 from lavis_lite.runners.planning.trace import Block, Book
 
@@ -158,6 +158,22 @@ def test_sharding_and_quantizing_are_not_proposed_together() -> None:
         Planner(load_config(path, ["model.language_model.quantize=int8"]), replace(target, strategy="fsdp2"))
 
 
+@pytest.mark.parametrize(("share", "accumulated"), [(0.7, True), (0.4, False)])
+def test_a_batch_in_parts_is_planned_as_it_will_run(share: float, accumulated: bool) -> None:
+    """With the gradients that stay from part to part; where those leave no room, a part alone."""
+    options = ["model.vision_encoder.freeze=false", "model.vision_encoder.grad_checkpointing=true"]
+    cfg = load_config(STAGE1, options)
+    whole = Planner(cfg, CPU).plan(8).total
+    target = replace(CPU, limit=round(whole * share))
+    planner = Planner(cfg, target)
+    found = _smaller_batch(planner, planner.plan(8))
+    assert found is not None
+    proposal, smaller = found
+    assert any("accum_grad_iters" in option for option in proposal.options) is accumulated
+    again = Planner(load_config(STAGE1, [*options, *proposal.options]), target).plan()
+    assert again.total == smaller.total and again.fits
+
+
 def test_processes_share_the_machine(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemAvailable: 8000 kB\n")
     cpu = torch.device("cpu")
@@ -240,8 +256,63 @@ def test_what_is_no_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == "error: --gpu-memory: 'lots' is no size; write e.g. 24GB\n"
 
 
+def test_a_gpu_s_memory_is_not_all_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "4GB", "--json"]
+    for more, share in (([], 0.92), (["--usable", "0.5"], 0.5)):
+        plan_main([*arguments, *more])
+        assert json.loads(capsys.readouterr().out)["limit"] == round(4 * 2**30 * share)
+    with pytest.raises(SystemExit):
+        plan_main([*arguments, "--usable", "1.5"])
+    assert capsys.readouterr().err == "error: --usable must be above 0 and at most 1, got 1.5\n"
+
+
+def test_what_the_run_refuses_is_not_planned(stage1: Planner) -> None:
+    with pytest.raises(ConfigError, match="'single' with 8 processes"):
+        Planner(stage1.cfg, replace(CPU, world_size=8, strategy="single"))
+    cfg = load_config(STAGE1, ["run.strategy_options.cpu_ofload=true"])
+    with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
+        Planner(cfg, replace(CPU, world_size=2, strategy="fsdp2"))
+
+
+@pytest.mark.parametrize(("device_type", "offloaded"), [("cuda", True), ("cpu", False)])
+def test_what_is_offloaded_is_not_on_the_gpu(stage1: Planner, device_type: str, offloaded: bool) -> None:
+    cfg = load_config(STAGE1, ["run.strategy_options.cpu_offload=true"])
+    target = replace(CPU, device_type=device_type, world_size=2, strategy="fsdp2")
+    plain, plan = Planner(stage1.cfg, target).plan(8), Planner(cfg, target).plan(8)
+    assert (plan.total < plain.total) is offloaded
+    if offloaded:
+        assert sum(part.optimizer for part in plan.parts) == 0 and plan.gathered == plain.gathered
+
+
+def test_fairscale_s_recomputed_blocks_keep_no_activations() -> None:
+    path = REPOSITORY / "projects/blip2/pretrain_stage2.yaml"
+    target = replace(CPU, world_size=2, strategy="fairscale")
+    plain = Planner(load_config(path), target)
+    recomputing = Planner(load_config(path, ["run.strategy_options.checkpoint_blocks=true"]), target)
+    kept = [
+        next(part.activations for part in planner.plan(8).parts if part.name == "language model")
+        for planner in (plain, recomputing, recomputing.for_strategy("ddp"))
+    ]
+    assert kept[1] < 0.8 * kept[0] and kept[2] >= kept[0]
+
+
+def test_a_frozen_encoder_s_features_may_be_stored(stage1: Planner) -> None:
+    planner = Planner(stage1.cfg, replace(CPU, limit=1))
+    remedy = propose(lambda more: load_config(STAGE1, more), planner, planner.plan(8))
+    assert ("run.cache_features=true",) in [proposal.options for proposal in remedy.proposals]
+    assert "run.cache_features=true" in remedy.together
+
+
+def test_strategies_are_proposed_that_take_the_options_given() -> None:
+    options = ["run.strategy_options.checkpoint_blocks=true"]
+    for given, proposed in ((options, False), ([], True)):
+        planner = Planner(load_config(STAGE1, given), replace(CPU, world_size=2, strategy="fairscale"))
+        keys = {key for setting in _settings(planner) for key in setting.keys}
+        assert ("run.strategy" in keys) is proposed
+
+
 def test_a_run_that_does_not_fit_is_told_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "1.1GB", "--json", "--options"]
+    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "1.1GB", "--usable", "1", "--json", "--options"]
     plan_main([*arguments, "run.precision=fp32"])
     plan = json.loads(capsys.readouterr().out)
     assert not plan["fits"] and 0 < plan["largest_batch"] < 64

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lavis_lite.common.config import Config
     from lavis_lite.runners.planning.account import Target
 
+# Cards sold as 24 GB leave 22.2 GiB (with ECC) to 23.6 to programs, those of 40 and 80 more of theirs.
+USABLE = 0.92
+
 
 def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan") -> None:
     """Work out a run's memory by part, the largest batch that fits, and what would make it fit; allocates nothing."""
@@ -25,6 +28,13 @@ def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan
         "--gpu-memory",
         metavar="SIZE",
         help="of one GPU, e.g. 24GB (as cards are sold: GiB); by default the plan is for this machine's CPU",
+    )
+    parser.add_argument(
+        "--usable",
+        type=float,
+        default=USABLE,
+        metavar="SHARE",
+        help="of --gpu-memory, what a program gets of it (%(default)s)",
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--strategy", metavar="NAME", help="by default run.strategy")
@@ -65,6 +75,8 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     for name, value in (("--world-size", args.world_size), ("--text-tokens", args.text_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    if not 0 < args.usable <= 1:
+        raise ConfigError(f"--usable must be above 0 and at most 1, got {args.usable}")
     device_type = "cuda" if args.gpu_memory else "cpu"
     precision = config.run.precision
     if precision == "auto":
@@ -75,7 +87,7 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     return Target(
         device_type=device_type,
         limit=(
-            parse_memory(args.gpu_memory)
+            round(parse_memory(args.gpu_memory) * args.usable)
             if args.gpu_memory
             else process_memory(torch.device("cpu"), processes=args.world_size)
         ),

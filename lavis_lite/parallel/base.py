@@ -140,17 +140,18 @@ def check_quantized(name: str, *, quantized: bool) -> None:
         )
 
 
-def check_strategy(name: str) -> None:
-    """Raise ConfigError for a strategy that isn't there or doesn't fit the number of processes."""
+def check_strategy(name: str, processes: int | None = None) -> None:
+    """Raise ConfigError for a strategy that isn't there or doesn't fit so many processes, by default the run's."""
     if name == AUTO:
         return
+    processes = processes or dist.world_size()
     registry.get_strategy_class(name)
-    if name == "single" and dist.world_size() > 1:
+    if name == "single" and processes > 1:
         raise ConfigError(
-            f"run.strategy: 'single' with {dist.world_size()} processes would train as many models that "
+            f"run.strategy: 'single' with {processes} processes would train as many models that "
             "never meet; use ddp or auto"
         )
-    if name != "single" and dist.world_size() == 1:
+    if name != "single" and processes == 1:
         raise ConfigError(
             f"run.strategy: '{name}' needs several processes: use torchrun --nproc-per-node=<n>, or strategy auto"
         )

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from lavis_lite.common import optim
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel.auto import choose, state_bytes
-from lavis_lite.parallel.base import AUTO, check_quantized, is_quantized
+from lavis_lite.parallel.base import AUTO, check_quantized, check_strategy, is_quantized
 from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
+from lavis_lite.runners.planning.sharding import SHARDINGS, recompute_blocks, sharding_of
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
 
 ORDER = ("image encoder", "Q-Former", "language model", HEADS, INPUTS)
@@ -30,29 +31,6 @@ QUANTIZED = {"int8": (1.0, 4.0), "int4": (0.5 + 4 / 64, 0.0)}
 # What an allocator holds beyond the tensors that are alive, as a fraction of these. CPU: of glibc's heap,
 # fitted to benchmarks/plan.py. CUDA: torch's allocator rounds up and keeps pieces apart; an allowance, not measured.
 ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """What a strategy leaves on every process its share of.
-
-    weights: none; frozen_blocks, those that fairscale can flatten (on CUDA alone); all, whose blocks are whole while
-        they run and whose rest is whole from the forward's beginning to the backward's end (parallel/fsdp2.py).
-    optimizer: its state, and gradients once they are exchanged. buckets: of gradients, which stay.
-    """
-
-    weights: Literal["none", "frozen_blocks", "all"] = "none"
-    optimizer: bool = False
-    buckets: bool = False
-
-
-SHARDINGS = {
-    "single": Sharding(),
-    "ddp": Sharding(buckets=True),
-    # Frozen blocks by its FullyShardedDataParallel, the trained part by OSS and ShardedDataParallel.
-    "fairscale": Sharding(weights="frozen_blocks", optimizer=True),
-    "fsdp2": Sharding(weights="all", optimizer=True),
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,7 @@ class Target:
     def resolved_strategy(self, needed: int, *, quantized: bool = False) -> str:
         """The strategy's name, `auto` as a run chooses it for a model whose state takes so many bytes.
 
-        Raises ConfigError for one whose memory isn't known.
+        Raises ConfigError for one whose memory isn't known, or that such a run would refuse.
         """
         name = self.strategy
         if name == AUTO:
@@ -85,6 +63,7 @@ class Target:
             raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
         if name != "single" and self.world_size == 1:
             raise ConfigError(f"run.strategy: '{name}' needs several processes: give --world-size")
+        check_strategy(name, self.world_size)
         check_quantized(name, quantized=quantized)
         return name
 
@@ -154,18 +133,31 @@ class Planner:
             cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
         )
         self.strategy = target.resolved_strategy(self._needed(), quantized=is_quantized(cfg.model))
-        self.sharding = SHARDINGS[self.strategy]
+        self.sharding = sharding_of(self.strategy, cfg.run.strategy_options, target.device_type)
+        if self.sharding.recomputed:
+            recompute_blocks(self.shape.model)
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
 
     def for_strategy(self, strategy: str) -> Planner:
-        """The same shapes and traces under another strategy."""
+        """The same shapes and traces under another strategy without options."""
+        if strategy == self.target.strategy:
+            return self
+        target = replace(self.target, strategy=strategy)
+        if self.sharding.recomputed:
+            return Planner(replace(self.cfg, run=replace(self.cfg.run, strategy_options={})), target)
         other = copy.copy(self)
-        other.target = replace(self.target, strategy=strategy)
+        other.target = target
         other.strategy = other.target.resolved_strategy(
             self._needed(), quantized=is_quantized(self.cfg.model)
         )
-        other.sharding = SHARDINGS[other.strategy]
+        other.sharding = sharding_of(other.strategy, {}, target.device_type)
+        return other
+
+    def accumulating(self, batches: int) -> Planner:
+        """The same with so many batches a step."""
+        other = copy.copy(self)
+        other.cfg = replace(self.cfg, run=replace(self.cfg.run, accum_grad_iters=batches))
         return other
 
     def _needed(self) -> int:
@@ -231,7 +223,7 @@ class Planner:
         )
         if name == "language model":
             frozen -= _saved_by_quantizing(self.shape.model, self.cfg)
-        world, sharded = self.target.world_size, self._sharded()
+        share, sharded = self.sharding.share(self.target.world_size), self._sharded()
         spread = sum(p.numel() * p.element_size() for _, p in own if p in sharded)
         gradients = held.get(("gradient", name), 0)
         if self.gradients_stay:
@@ -240,8 +232,8 @@ class Planner:
             name=name,
             trained=trained > 0,
             numbers=sum(p.numel() for _, p in own),
-            parameters=round(frozen + trained - spread + spread / world) + buffers,
-            optimizer=round(self._states[name] / (world if self.sharding.optimizer else 1)),
+            parameters=round(frozen + trained - spread + spread * share) + buffers,
+            optimizer=round(self._states[name] * (share if self.sharding.optimizer else 1.0)),
             gradients=gradients,
             activations=held.get(("activation", name), 0),
             gradients_whole=trained,
@@ -276,7 +268,8 @@ class Planner:
         trained = [(size, p) for size, p in trained if p.requires_grad]
         early = sum(size for size, p in trained if exchanged is None or p in exchanged)
         total = sum(size for size, _ in trained)
-        return (total - early + early / self.target.world_size) / total if total else 1.0
+        kept = early * self.sharding.share(self.target.world_size)
+        return (total - early + kept) / total if total else 1.0
 
     def _gathered(self) -> int:
         """Sharded weights that are whole at one moment, in their own precision: the largest block and the

@@ -8,7 +8,8 @@ from typing import Any
 
 from lavis_lite.common.config import Config
 from lavis_lite.parallel.base import CUTTING, is_quantized
-from lavis_lite.runners.planning.account import SHARDINGS, Plan, Planner, Target
+from lavis_lite.runners.planning.account import Plan, Planner, Target
+from lavis_lite.runners.planning.sharding import SHARDINGS
 
 Load = Callable[[Sequence[str]], Config]
 
@@ -94,7 +95,8 @@ def _settings(planner: Planner) -> Iterator[_Setting]:
         yield _Setting((f"model.vision_encoder.precision={low}",), "frozen weights in 16 bits")
     if llm and llm.get("precision", "auto") in ("fp32", "auto"):
         yield _Setting((f"model.language_model.precision={low}",), "frozen weights in 16 bits")
-    if target.world_size > 1 and not is_quantized(model):
+    # Options belong to the strategy they were written for, and --options can't take a mapping's keys away.
+    if target.world_size > 1 and not is_quantized(model) and not cfg.run.strategy_options:
         for name in ("fairscale", "fsdp2"):
             if _saves_more(name, planner.strategy):
                 yield _Setting(
@@ -149,16 +151,27 @@ def _planner(load: Load, planner: Planner, settings: Sequence[_Setting]) -> Plan
 
 
 def _smaller_batch(planner: Planner, plan: Plan) -> tuple[Proposal, Plan] | None:
-    """The largest part of the batch that divides it and fits, accumulated to the same; None if even one doesn't."""
-    for parts in (parts for parts in range(2, plan.batch + 1) if plan.batch % parts == 0):
-        smaller = planner.plan(plan.batch // parts)
+    """The largest part of the batch that divides it and fits, accumulated to the same; None if even one doesn't.
+
+    Accumulated gradients are there all the time: where no part fits for them, a part alone is proposed.
+    """
+    run = planner.cfg.run
+    whole = planner.plan(plan.batch).total
+    counts = [parts for parts in range(2, plan.batch + 1) if plan.batch % parts == 0]
+    for parts in counts:
+        accumulated = parts * run.accum_grad_iters
+        smaller = planner.accumulating(accumulated).plan(plan.batch // parts)
         if smaller.fits:
-            accumulated = parts * planner.cfg.run.accum_grad_iters
             options = (f"run.batch_size_train={smaller.batch}", f"run.accum_grad_iters={accumulated}")
             why = "the same batch in parts"
             if not planner.cfg.model.get("language_model"):
                 why += "; the contrastive loss then sees fewer negatives"
-            return Proposal(options, planner.plan(plan.batch).total - smaller.total, why), smaller
+            return Proposal(options, whole - smaller.total, why), smaller
+    for parts in counts:
+        smaller = planner.plan(plan.batch // parts)
+        if smaller.fits:
+            why = f"a smaller batch; {parts} times as many processes make it the same"
+            return Proposal((f"run.batch_size_train={smaller.batch}",), whole - smaller.total, why), smaller
     return None
 
 
