@@ -16,8 +16,8 @@ find_python() {
     return 1
 }
 
-prepare_environment() {
-    local python stamp wanted
+is_prepared() {
+    local stamp
     wanted="$(cat "$repository/pyproject.toml" "$repository/setup.py" | cksum) $repository"
     # An extra holds all that the base does, so any stamp answers for the base.
     for stamp in "$repository"/.venv/.installed-"${extra:-}"*; do
@@ -25,6 +25,11 @@ prepare_environment() {
             return 0
         fi
     done
+    return 1
+}
+
+install_environment() {
+    local python
     if [ ! -x "$repository/.venv/bin/python" ]; then
         python="$(find_python)" || return 1
         echo "making $repository/.venv with $python"
@@ -38,6 +43,16 @@ prepare_environment() {
     "$repository/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --editable "$repository${extra:+[$extra]}" || return 1
     echo "$wanted" > "$repository/.venv/.installed-${extra:-base}"
+}
+
+# Several machines may share the folder and begin at once: one of them installs, the others wait for it.
+prepare_environment() {
+    is_prepared && return 0
+    if ! command -v flock > /dev/null; then # macOS has none
+        install_environment
+        return
+    fi
+    (flock 9 && { is_prepared || install_environment; }) 9> "$repository/.venv.lock"
 }
 
 prepare_environment || exit 1

@@ -20,15 +20,21 @@ export NODES=$SLURM_JOB_NUM_NODES HEAD="$head:$((20000 + SLURM_JOB_ID % 20000))"
 
 preempted=0 step=
 stop_step() { [ -z "$step" ] || kill -TERM "$step" 2>/dev/null || true; }
-trap 'preempted=1; stop_step' TERM
+# Told once: a second signal would end the step while it saves.
+told() { [ "$preempted" = 1 ] || stop_step; preempted=1 interrupted=1; }
+trap told TERM
 srun --kill-on-bad-exit=1 bash run_scripts/launch_nodes.sh "$@" &
 step=$!
 if [ "$preempted" = 1 ]; then stop_step; fi # the signal came before there was a step to stop
-status=0
-# The trap interrupts the first wait; the second is for the ranks, which save.
-wait "$step" || status=$?
-if [ "$preempted" = 1 ]; then
-    wait "$step" || true
+# Every signal cuts a wait short: wait until the step is gone, whose ranks save.
+status=0 interrupted=1
+while [ "$interrupted" = 1 ]; do
+    interrupted=0 code=0
+    wait "$step" || code=$?
+    if [ "$code" != 127 ]; then status=$code; fi # 127: it was waited for already
+done
+# A run that was finished before the signal reached it ends with 0.
+if [ "$preempted" = 1 ] && [ "$status" != 0 ]; then
     echo "preempted: job $SLURM_JOB_ID is queued again"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

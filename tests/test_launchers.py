@@ -6,15 +6,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from runner_helpers import ROOT, wait_for
+from runner_helpers import ROOT, environment, free_port, logged, project, wait_for
 
 PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$@"; fi\n'
 # As the real one: its children get the signals that it gets.
 SRUN = """#!/bin/bash
-trap 'echo saved; exit 143' TERM
+trap 'sleep "${SAVING:-0}"; echo saved; exit "${ENDS:-143}"' TERM
 echo "srun $*"
 echo ready > "$READY"
 while [ "$LONG" = 1 ]; do sleep 0.1; done
@@ -103,3 +105,85 @@ def test_a_preempted_job_saves_and_is_queued_again(checkout: Path) -> None:
     said = _output(process)
     assert process.returncode == 0
     assert said.index("saved") < said.index("scontrol requeue 20003")
+
+
+def test_a_second_signal_does_not_cut_the_saving(checkout: Path) -> None:
+    process = _start(checkout, "slurm.sh", **SLURM, SLURM_SUBMIT_DIR=str(checkout), LONG="1", SAVING="1")
+    wait_for((checkout / "ready").exists)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    said = _output(process)
+    assert process.returncode == 0 and said.count("saved") == 1
+    assert said.index("saved") < said.index("scontrol requeue 20003")
+
+
+def test_a_run_that_finishes_as_the_signal_comes_is_not_queued_again(checkout: Path) -> None:
+    process = _start(checkout, "slurm.sh", **SLURM, SLURM_SUBMIT_DIR=str(checkout), LONG="1", ENDS="0")
+    wait_for((checkout / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    assert "requeue" not in _output(process) and process.returncode == 0
+
+
+INSTALLING = """#!/bin/sh
+case "$*" in
+*venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python;;
+*pip*) echo began >> log; sleep 0.5; echo ended >> log;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_machines_that_share_a_folder_install_by_turns(tmp_path: Path) -> None:
+    (tmp_path / "run_scripts").mkdir()
+    shutil.copy(ROOT / "run_scripts" / "environment.sh", tmp_path / "run_scripts")
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text("")
+    _script(tmp_path / "python", INSTALLING)
+    source = ["bash", "-c", f"source {tmp_path}/run_scripts/environment.sh ''"]
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python")}
+    processes = [subprocess.Popen(source, env=env, cwd=tmp_path) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text().split() == ["began", "ended"]
+
+
+@pytest.fixture
+def real_checkout(checkout: Path) -> Path:
+    """The launchers with this Python and the real train.py."""
+    _script(checkout / ".venv" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (checkout / "train.py").symlink_to(ROOT / "train.py")
+    return checkout
+
+
+def _node(checkout: Path, path: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", str(checkout / "run_scripts" / "launch_nodes.sh"), "--cfg-path", str(path)],
+        env=environment(NODES="2", NPROC="1", RESTARTS="0", CUDA_VISIBLE_DEVICES="", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_nodes_train_one_model(real_checkout: Path) -> None:
+    path = project(real_checkout, max_steps=2)
+    nodes = [_node(real_checkout, path, HEAD=f"127.0.0.1:{port}") for port in [free_port()] for _ in range(2)]
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "".join(said).count("2 processes") == 1
+    assert [row["step"] for row in logged(real_checkout / "run") if row["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_stopped_launcher_does_not_end_as_a_finished_one(real_checkout: Path) -> None:
+    """Which is how slurm.sh tells whether a job has to be queued again."""
+    path = project(real_checkout, max_steps=100_000)
+    nodes = [_node(real_checkout, path, HEAD=f"127.0.0.1:{port}") for port in [free_port()] for _ in range(2)]
+    log = real_checkout / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size > 0, 200)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert 0 not in [node.returncode for node in nodes], said
+    assert any((real_checkout / "run" / "checkpoints").iterdir())
