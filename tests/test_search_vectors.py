@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
-from lavis_lite.search import scoring
+from lavis_lite.search import candidates, scoring
 from lavis_lite.search import store as store_module
 from lavis_lite.search.candidates import (
     CandidateIndex,
@@ -30,6 +30,17 @@ from lavis_lite.search.candidates import (
 )
 from lavis_lite.search.scoring import score, search_exactly
 from lavis_lite.search.store import Store
+
+WITH_256_CODES = [
+    "IVF2,PQ4",
+    "OPQ4,IVF2,PQ4",
+    "OPQ4,PQ4",
+    "PCA4,PQ4",
+    "HNSW8_PQ4",
+    "PQ4,RFlat",
+    "OPQ4,PQ4,RFlat",
+]
+WITH_256_CODES += ["RQ2x8"]  # residual codes
 
 
 def draw_vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -231,7 +242,9 @@ def test_asking_for_more_than_there_is(tmp_path: Path) -> None:
             "--kind 'IVF64,Flat': it is trained on at least 64 vectors, and there are 60; --kind flat",
         ),
         ("PQ4", "it is trained on at least 256 vectors, and there are 60"),
-        ("IVF2,PQ4", "it is trained on at least 256 vectors, and there are 60"),
+        *((kind, "it is trained on at least 256 vectors, and there are 60") for kind in WITH_256_CODES),
+        ("IDMap,SQ8", "--kind 'IDMap,SQ8': an index numbers its vectors itself; leave IDMap out"),
+        ("IDMap2,HNSW8_PQ4", "leave IDMap2 out"),
     ],
 )
 def test_a_kind_that_can_not_be_built_is_one_line_before_anything_is_encoded(kind: str, message: str) -> None:
@@ -241,13 +254,32 @@ def test_a_kind_that_can_not_be_built_is_one_line_before_anything_is_encoded(kin
     assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["IVF1,PQ1x7", "PCA4,IVF4,Flat", "hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", ["IVF1,PQ1x7", "PCA4,IVF4,Flat", "hnsw", "ivfpq", "PQ4x4fs,RFlat", "RQ2x4"])
 def test_a_kind_that_was_checked_can_be_trained(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     check_kind(kind, 512, 8)
     factory = choose_factory(kind, 512, 8)
     assert factory is not None
     assert CandidateIndex.train(make_store(tmp_path, draw_vectors(256, 2, 8)), factory).index.ntotal == 512
+
+
+@pytest.mark.parametrize(
+    ("kind", "vectors"),
+    [("HNSW8_SQ8", 65_536), ("SQ8", 65_536), ("PQ4x4fs,RFlat", 65_536), ("IVF32,SQ8", 2048)],
+)
+def test_without_cells_the_sample_is_that_of_1024_cells(
+    kind: str, vectors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    asked, sample = [], candidates._sample
+
+    def few(store: Store, count: int, seed: int) -> Any:
+        asked.append(count)
+        return sample(store, 512, seed)
+
+    monkeypatch.setattr(candidates, "_sample", few)
+    CandidateIndex.train(make_store(tmp_path, draw_vectors(256, 2, 8)), kind)
+    assert asked == [vectors]
 
 
 def test_what_training_finds_out_is_one_line(tmp_path: Path) -> None:

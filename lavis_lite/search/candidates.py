@@ -34,8 +34,8 @@ EXACT_VECTORS = 1_000_000
 # From so many cells on, the nearest ones are found through a graph (HNSW) instead of by comparing with all.
 GRAPH_CELLS = 16_384
 POINTS_PER_CELL = 64
-# An index with fewer centroids, or none, is trained as if it had so many.
-LEAST_SAMPLED = 16
+# An index with fewer cells is trained as if it had so many; one without cells, by the second number.
+LEAST_CELLS, WITHOUT_CELLS = 16, 1024
 # Recall is measured, and candidates are fetched, for at least so many images.
 MEASURED_TOP = 100
 MEASURED_QUERIES = 100
@@ -106,7 +106,8 @@ class CandidateIndex:
         if cells is not None:
             cells.cp.niter, cells.cp.seed = 10, seed + 1
             cells.cp.min_points_per_centroid, cells.cp.max_points_per_centroid = 1, POINTS_PER_CELL
-        sample = _sample(store, POINTS_PER_CELL * max(LEAST_SAMPLED, _least_vectors(index)), seed)
+        floor = LEAST_CELLS if cells is not None else WITHOUT_CELLS
+        sample = _sample(store, POINTS_PER_CELL * max(floor, _least_vectors(index)), seed)
         with _one_line(factory):
             index.train(sample)
         found = cls(index, factory, Setting(), trained_on=len(store))
@@ -266,14 +267,38 @@ def _untrained(factory: str, width: int) -> Any:
     """An empty index by faiss's description of it."""
     faiss = import_faiss()
     with _one_line(factory):
-        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    # It could be trained, but not added to without numbers of its own.
+    numbers = next((layer for layer in _layers(index) if isinstance(layer, faiss.IndexIDMap)), None)
+    if numbers is not None:
+        name = type(numbers).__name__.removeprefix("Index")
+        raise ConfigError(f"--kind '{factory}': an index numbers its vectors itself; leave {name} out")
+    return index
 
 
 def _least_vectors(index: Any) -> int:
-    """So many vectors can be trained on at the least: as many as there are cells, or product codes."""
+    """So many vectors can be trained on at the least: as many as there are cells, or codes in the largest codebook."""
     cells = _cells_of(index)
-    codes = getattr(import_faiss().downcast_index(cells if cells is not None else index), "pq", None)
-    return max(int(cells.nlist) if cells is not None else 0, int(codes.ksub) if codes is not None else 0)
+    return max([int(cells.nlist) if cells is not None else 0, *map(_codes_of, _layers(index))])
+
+
+def _layers(index: Any) -> Iterator[Any]:
+    """An index and those it wraps: behind a rotation (OPQ, PCA) or numbers (IDMap), below refining, a graph."""
+    while index is not None:
+        index = import_faiss().downcast_index(index)
+        yield index
+        names = ("base_index", "index", "storage")
+        index = next((below for name in names if (below := getattr(index, name, None)) is not None), None)
+
+
+def _codes_of(layer: Any) -> int:
+    """Codes in the largest codebook of one layer, 0 without codebooks."""
+    if hasattr(layer, "pq"):
+        return int(layer.pq.ksub)
+    # Residual codebooks are found by clustering as product codes are; local search needs no least number.
+    if hasattr(layer, "rq"):
+        return 2 ** int(import_faiss().vector_to_array(layer.rq.nbits).max())
+    return 0
 
 
 @contextlib.contextmanager
