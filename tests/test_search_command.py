@@ -166,6 +166,35 @@ def test_the_weight_of_matching_is_the_runs(place: Path, tmp_path: Path) -> None
     assert load_encoder(ModelChoice(str(run), weights), device="cpu").itm_weight == 1
 
 
+def test_the_weight_of_matching_is_that_of_the_run_around_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = model_recipe("blip2/shapes")
+    content = {"model": dict(recipe.model), "datasets": {"shapes_caption": dict(recipe.preprocess)}}
+    for name, weight in (("run", 0.25), ("other", 0.75)):
+        step = tmp_path / name / "checkpoints" / "step_000008"
+        step.mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(json.dumps({**content, "task": {"itm_weight": weight}}))
+        save_weights(step / "model.safetensors", seed=0)
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    step = tmp_path / "run" / "checkpoints" / "step_000008"
+    (tmp_path / "run" / "own.safetensors").symlink_to(step / "model.safetensors")
+    for weights in (step, step / "model.safetensors", tmp_path / "run" / "own.safetensors"):
+        for model in ("blip2/shapes", other):
+            caplog.clear()
+            with caplog.at_level("INFO", logger="lavis_lite"):
+                assert load_encoder(ModelChoice(model, str(weights)), device="cpu").itm_weight == 0.25
+            assert f"re-ranking by sum weighs matching by 0.25, as '{run}' was evaluated" in caplog.text
+    # A file of that name further up is none of a run's.
+    deep = step / "copies" / "model.safetensors"
+    deep.parent.mkdir()
+    save_weights(deep, seed=0)
+    assert load_encoder(ModelChoice("blip2/shapes", str(deep)), device="cpu").itm_weight == 1
+    # What lies beside the weights may be another program's.
+    (deep.parent / "config.yaml").write_text("task: translation")
+    assert load_encoder(ModelChoice("blip2/shapes", str(deep)), device="cpu").itm_weight == 1
+
+
 def test_the_benchmark_compares_what_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))

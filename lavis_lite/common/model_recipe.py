@@ -32,10 +32,17 @@ def is_run(name: str | Path) -> bool:
     return (Path(name).expanduser() / CONFIG_FILE).is_file()
 
 
+def enclosing_run(weights: str | Path) -> Path | None:
+    """The run that weights lie in: its folder, a file in it, one of its checkpoints or a file in that; or None."""
+    place = Path(weights).expanduser().resolve()
+    # RUN/checkpoints/STEP/FILE and no further: a config.yaml far above belongs to something else.
+    return next((folder for folder in (place, *place.parents[:3]) if is_run(folder)), None)
+
+
 def run_task(folder: str | Path) -> Mapping[str, Any]:
     """The `task` section that a run was trained and evaluated with; see `is_run`."""
-    task: Mapping[str, Any] = read_yaml(Path(folder).expanduser() / CONFIG_FILE).get("task") or {}
-    return task
+    task = read_yaml(Path(folder).expanduser() / CONFIG_FILE).get("task")
+    return task if isinstance(task, Mapping) else {}
 
 
 def model_recipe(

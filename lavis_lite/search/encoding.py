@@ -20,7 +20,10 @@ from lavis_lite.api import build_recipe, load_preprocess
 from lavis_lite.common.device import autocast, choose_device, choose_precision
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.hub import PREFIX
-from lavis_lite.common.model_recipe import is_run, model_recipe, run_task
+from lavis_lite.common.logging import get_logger
+from lavis_lite.common.model_recipe import enclosing_run, is_run, model_recipe, run_task
+
+logger = get_logger(__name__)
 
 NEEDED = ("query_features", "text_features", "match_logits", "project_image")
 
@@ -117,14 +120,28 @@ def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = 
 
 
 def _evaluation_weight(choice: ModelChoice) -> float:
-    """`task.itm_weight` of the run that has the weights, or of the one that is the model; 1 without a run."""
-    run = next((place for place in (choice.checkpoint, choice.model) if place and is_run(place)), None)
+    """`task.itm_weight` of the run that the weights lie in, or of the one that is the model; 1 without a run."""
+    run = _run_of(choice)
     weight = run_task(run).get("itm_weight", 1.0) if run else 1.0
     if not isinstance(weight, int | float) or weight <= 0:
         raise ConfigError(
             f"'{run}': task.itm_weight in its config.yaml must be a number above 0, is {weight}"
         )
+    logger.info(
+        "re-ranking by sum weighs matching by %g, %s",
+        weight,
+        f"as '{run}' was evaluated" if run else "as there is no run to ask",
+    )
     return float(weight)
+
+
+def _run_of(choice: ModelChoice) -> str | Path | None:
+    checkpoint = choice.checkpoint
+    if checkpoint is not None and not checkpoint.startswith(PREFIX):
+        run = enclosing_run(checkpoint)
+        if run is not None:
+            return run
+    return choice.model if is_run(choice.model) else None
 
 
 def fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
