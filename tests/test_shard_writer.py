@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -69,6 +70,20 @@ def test_what_goes_in_comes_out(source: Path, tmp_path: Path, capsys: pytest.Cap
         assert after[row]["image"].tobytes() == before[row]["image"].tobytes()
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert [entry["nsamples"] for entry in index["shardlist"]] == [5, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.DEBUG])
+def test_what_is_logged_of_datasets_is_as_before_afterwards(
+    level: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("lavis_lite.datasets")
+    monkeypatch.setattr(logger, "level", logger.level)
+    logger.setLevel(level)
+    make(source, tmp_path / "out")
+    assert logger.level == level
+    with pytest.raises(SystemExit):
+        make("nothing_like_it", tmp_path / "other")
+    assert logger.level == level
 
 
 def test_the_shards_do_not_depend_on_workers_and_can_be_shuffled(source: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -58,10 +59,8 @@ def _make(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     # That other splits are left out is no news here.
-    quiet = logging.getLogger("lavis_lite.datasets")
-    quiet.setLevel(logging.WARNING)
-    dataset = build_named_split(args.dataset, args.split, args.options)
-    quiet.setLevel(logging.NOTSET)
+    with _only_warnings("lavis_lite.datasets"):
+        dataset = build_named_split(args.dataset, args.split, args.options)
     plan = plan_of(dataset, split=args.split, samples_per_shard=args.samples_per_shard, shuffle=args.shuffle)
     written = make_shards(dataset, plan, Path(args.out), workers=args.workers)
     samples = sum(one.samples for one in written)
@@ -71,6 +70,18 @@ def _make(args: argparse.Namespace) -> None:
     if samples < plan.rows:
         example = f", for example {failures[0][0]}: {failures[0][1]}" if failures else ""
         print(f"{plan.rows - samples:,} rows could not be read and are left out{example}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _only_warnings(name: str) -> Iterator[None]:
+    """Warnings and errors alone of a logger; its level is as before afterwards."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
