@@ -10,11 +10,13 @@ import torch
 from generative_helpers import FAMILIES, tiny_generative_config
 from stage1_helpers import enlarge_weights
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, OPTConfig
 
-from lavis_lite.common.errors import CheckpointError, ConfigError, MissingDependencyError
+from lavis_lite.common.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
 from lavis_lite.models.blip2_generative import build_language_model
 from lavis_lite.models.decoding import Decoded, DecodingRules, Search, decode
 from lavis_lite.models.language.adapter import LanguageModel
+from lavis_lite.models.language.decoder_only import check_positions
 
 PROMPTS = ["a photo of", "question: what color is the star? answer:", "the", ""]
 TARGETS = ["a red circle and a blue star", "yes", "two", "a small green ring in the center"]
@@ -198,3 +200,35 @@ def test_lora_is_all_that_is_trained(tmp_path: Path) -> None:
     trained = [name for name, parameter in lm.named_parameters() if parameter.requires_grad]
     assert trained and all("lora" in name for name in trained)
     lm.answer_losses(visual_of(lm), PROMPTS, TARGETS, max_length=9).mean().backward()
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("opt", True), ("gpt2", True), ("gptj", True), ("llama", False)])
+def test_only_tables_of_positions_end(kind: str, ends: bool) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 40}
+    config = {
+        "opt": lambda: OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=40),
+        "gpt2": lambda: GPT2Config(**sizes, n_positions=40),
+        "gptj": lambda: GPTJConfig(**sizes, n_positions=40, rotary_dim=4),
+        "llama": lambda: LlamaConfig(**sizes, intermediate_size=16, max_position_embeddings=40),
+    }[kind]()
+    model = AutoModelForCausalLM.from_config(config)
+    check_positions(model, 40)
+    if ends:
+        with pytest.raises(InputError, match="take 41 places and the language model has 40: shorten"):
+            check_positions(model, 41)
+    else:
+        check_positions(model, 41)
+
+
+def test_room_for_new_tokens_is_checked_before_the_first_is_computed(lm: LanguageModel) -> None:
+    visual = visual_of(lm, 1)
+    places = QUERIES + len(lm.tokenizer("a")["input_ids"])
+    limit = 96
+    lm.decoder(visual, ["a"], rows_per_input=1, new_tokens=limit - places + 1)
+    if lm.model.config.model_type != "opt":  # relative and rotary positions go on
+        lm.decoder(visual, ["a"], rows_per_input=1, new_tokens=200)
+        return
+    with pytest.raises(
+        InputError, match=r"take 97 places and the language model has 96: .* fewer new tokens"
+    ):
+        lm.decoder(visual, ["a"], rows_per_input=1, new_tokens=limit - places + 2)

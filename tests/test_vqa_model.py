@@ -307,7 +307,8 @@ def test_generated_answers_to_one_question_and_in_turns(model: Blip2Generative) 
 @torch.no_grad()
 def test_a_question_beyond_the_positions_is_one_clear_line(model: Blip2Generative) -> None:
     image = question_samples()["image"][:1]
-    limit = getattr(model.language_model.model.config, "max_position_embeddings", None)
+    config = model.language_model.model.config
+    limit = config.max_position_embeddings if config.model_type == "opt" else None
 
     def asked(words: int) -> dict[str, Any]:
         return {"image": image, "text_input": ["a " * words], "text_output": [CANDIDATES[1]]}
@@ -319,7 +320,7 @@ def test_a_question_beyond_the_positions_is_one_clear_line(model: Blip2Generativ
     )
     for call in calls:
         call(40)
-        if limit is None:  # T5's positions are relative
+        if limit is None:  # relative (T5) and rotary (Llama) positions go on
             call(200)
             continue
         # The question fits and some answer behind it doesn't; not even the question fits.

@@ -342,7 +342,9 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         visual = self.visual_prompt(visual_of(samples).to(self.device), asked.questions)
         start = torch.zeros(len(visual), dtype=torch.long, device=visual.device)  # the prompt is read already
         with self.language_model.arithmetic():
-            decoder = self.language_model.decoder(visual, asked.prompts, rows_per_input=search.rows)
+            decoder = self.language_model.decoder(
+                visual, asked.prompts, rows_per_input=search.rows, new_tokens=rules.max_length
+            )
             decoded = decode(decoder, start, rules, search)
         texts = [self.language_model.decode(row) for row in decoded.ids.flatten(0, 1).tolist()]
         return Generated(texts, decoded.scores.flatten(), decoded.log_likelihoods.flatten())

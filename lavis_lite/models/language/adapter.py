@@ -156,10 +156,13 @@ class LanguageModel(nn.Module, ABC):
         """The tokens of each of the answers [A] behind each of the prompts [B], as `answer_losses` scores them."""
 
     @abstractmethod
-    def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Beginning:
+    def decoder(
+        self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int, new_tokens: int = 0
+    ) -> Beginning:
         """Decodes what follows visual prompts [B, Q, D] and prompts [B]: rows_per_input rows for each.
 
         Whatever doesn't depend on the row (the states of visual prompt and prompt) is computed once an input.
+        Raises InputError where the language model has no room for up to `new_tokens` steps.
         """
 
     def decode(self, ids: Sequence[int]) -> str:

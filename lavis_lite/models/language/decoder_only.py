@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import pad as torch_pad
 
@@ -55,7 +55,9 @@ class DecoderOnlyLM(LanguageModel):
         wanted = torch.tensor([token for _, target in rows for token in target], device=device)
         return cross_entropy(logits[scored.to(device)].float(), wanted, reduction="none")
 
-    def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> CausalDecoder:
+    def decoder(
+        self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int, new_tokens: int = 0
+    ) -> CausalDecoder:
         """See `LanguageModel`."""
         texts = [self._ids(prompt) for prompt in prompts]
         rows = [
@@ -66,6 +68,8 @@ class DecoderOnlyLM(LanguageModel):
         ]
         mask = lengths_mask([len(row) for row in rows], left=True, device=visual.device)
         longest = mask.shape[1]
+        # All at once, before anything is computed; the last new token is never read.
+        check_positions(self.model, longest + max(new_tokens - 1, 0))
         inputs = torch.stack([torch_pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         return CausalDecoder(self.model, inputs, mask, rows_per_input=rows_per_input)
 
@@ -111,16 +115,28 @@ class DecoderOnlyLM(LanguageModel):
 
 
 def check_positions(model: Any, number: int) -> None:
-    """Raise InputError when so many places of visual prompt and text are more than a language model has.
+    """Raise InputError when so many places of visual prompt and text are more than a language model has a table for.
 
-    Without it, learnt positions end in an index error, or, on a GPU, in one that ends the process.
+    Without it, learnt positions end in an index error, or, on a GPU, in one that ends the process. Rotary and relative
+    positions are computed, and go on beyond what the model was trained with.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and number > limit:
+    if limit is not None and number > limit and _has_table(model, limit):
         raise InputError(
             f"visual prompt and text take {number} places and the language model has {limit}: shorten the question or "
-            "the prompt"
+            "the prompt, or ask for fewer new tokens"
         )
+
+
+def _has_table(model: Any, limit: int) -> bool:
+    """Whether a row of a table stands for each position: an embedding (OPT, GPT-2), or constants (GPT-J)."""
+    words = model.get_input_embeddings()
+    # OPT's kind keeps two rows more, for padding.
+    learnt = any(
+        isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - limit <= 2
+        for module in model.modules()
+    )
+    return learnt or any(buffer.dim() == 2 and len(buffer) == limit for buffer in model.buffers())
 
 
 class CausalDecoder:
@@ -138,7 +154,6 @@ class CausalDecoder:
         self._mask = mask
         self._rows = rows_per_input
         self._cache: Any = GrowingCache()
-        check_positions(model, mask.shape[1])
         self._started = False
         # Parameters by name: models differ in which they take.
         parameters = forward_keywords(model)
@@ -150,7 +165,6 @@ class CausalDecoder:
         """The next token int64[R] of every row (the first call's are ignored) -> logits [R, V]."""
         if self._started:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], 1)
-            check_positions(self._model, self._mask.shape[1])
             return self._forward(input_ids=ids[:, None])
         self._started = True
         logits = self._forward(inputs_embeds=self._inputs)

@@ -40,7 +40,9 @@ class EncoderDecoderLM(LanguageModel):
         prefixes = [[*self._ids(text, None), *self._ending] for text in prompts]
         return self._losses(visual, prefixes, [self._ids(target, max_length) for target in targets])
 
-    def decoder(self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int) -> Seq2SeqDecoder:
+    def decoder(
+        self, visual: Tensor, prompts: Sequence[str], *, rows_per_input: int, new_tokens: int = 0
+    ) -> Seq2SeqDecoder:
         """See `LanguageModel`."""
         prefixes = [[*self._ids(text, None), *self._ending] for text in prompts]
         inputs, mask = self._encoder_inputs(visual, prefixes)
