@@ -99,6 +99,35 @@ def test_a_reader_goes_on_exactly_and_opens_no_shard_that_is_done(pattern: str, 
     assert block_begins <= max(taken, 1) <= block_begins + 4 and block_begins < first_epoch
 
 
+def test_a_shard_that_is_gone_on_resuming_takes_nothing_from_the_next(pattern: str) -> None:
+    stream = build(pattern, shuffle=1)
+    reader = StreamReader(stream, seed=1, reader=0, readers=1)
+    drawn(reader, 2 * SAMPLES + 4)
+    order = stream.shards_of(0, seed=1, reader=0, readers=1)
+    Path(stream.urls[order[2]]).unlink()
+    rest = StreamReader(stream, seed=1, reader=0, readers=1, start=reader.position).take(SAMPLES)
+    assert [number_in(item["text_input"]) // SAMPLES for item in rest.samples] == [order[3]] * SAMPLES
+    assert [path for path, _ in rest.failures] == [stream.urls[order[2]]]
+
+
+def test_a_bad_shard_that_alone_is_left_of_an_epoch_ends_no_run(pattern: str) -> None:
+    stream = build(pattern, shuffle=1)
+    first = TrainLoader([stream], batch_size=SAMPLES)
+    take(first, SHARDS - 1)
+    place = first.places["web 0/1"]
+    last = stream.shards_of(0, seed=seed_of(42, 0), reader=0, readers=1)[-1]
+    Path(stream.urls[last]).unlink()
+    begun = place._replace(shard=SHARDS - 1, sample=3, taken=1)
+    for workers, kept in ((0, begun), (1, begun), (2, place)):  # two share what is left, which is that shard
+        loader = TrainLoader([stream], batch_size=SAMPLES, num_workers=workers, max_bad_fraction=1.0)
+        seen = captions(take(loader, SHARDS - 1, SHARDS - 1, {"web 0/1": kept}))
+        assert {number // SAMPLES for number in seen} <= set(range(SHARDS)) - {last}
+    for url in {*stream.urls} - {stream.urls[last]}:
+        Path(url).unlink()
+    with pytest.raises(DataError, match="7 of 7 reads failed"):
+        take(TrainLoader([stream], batch_size=4, max_bad_fraction=1.0), 1, 1, {"web 0/1": begun})
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_in_mid_epoch_bit_for_bit(pattern: str, workers: int) -> None:
     def loader(rank: int) -> TrainLoader:

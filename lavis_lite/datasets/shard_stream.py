@@ -225,7 +225,7 @@ class StreamReader:
         self._draws = self._endless()
 
     def take(self, count: int) -> Taken:
-        """The next samples; fewer than `count` when a whole epoch, or too many in a row, can't be read."""
+        """The next samples; fewer than `count` when a whole epoch, two in part, or too many in a row can't be read."""
         samples: list[dict[str, Any]] = []
         for drawn in itertools.islice(self._draws, count):
             sample = None if drawn is None else self._load(*drawn)
@@ -249,20 +249,30 @@ class StreamReader:
         return None
 
     def _endless(self) -> Iterator[tuple[list[Raw], int] | None]:
-        """(block, place in it) of each sample, in the order they are handed out; None for an epoch without any."""
-        start = self.position
+        """(block, place in it) of each sample, in the order they are handed out; None where there are none to be had.
+
+        That is a whole epoch, or two in a row: a few shards, such as what is left of one, may be bad by chance.
+        """
+        start, empty = self.position, 0
         while True:
-            empty = bool(self._shards(start.epoch))  # where none is left of it, that is no fault
+            found = False
             for place, block in self._blocks(start):
-                empty = False
+                found = True
                 taken = start.taken if place == start._replace(taken=0) else 0
                 for number, index in enumerate(self._shuffled(place, len(block))[taken:], taken + 1):
                     self.position = place._replace(taken=number)
                     yield block, index
-            if empty:
+            # Where no shard is left of an epoch, that is no fault.
+            empty = 0 if found else empty + bool(self._shards(start.epoch))
+            if empty > 1 or (empty and self._is_whole(start)):
                 self._note_empty(start.epoch)
                 yield None
             start = Position(start.epoch + 1)
+
+    def _is_whole(self, start: Position) -> bool:
+        """Whether a place is before all of an epoch, of which earlier readers have left this one its full share."""
+        share = self.stream.shards_of(start.epoch, seed=self.seed, reader=self.reader, readers=self.readers)
+        return start == Position(start.epoch) and share == self._shards(start.epoch)
 
     def _note_empty(self, epoch: int) -> None:
         """An epoch without a sample has a reason, also where every shard is whole and has nothing in it."""
@@ -277,7 +287,9 @@ class StreamReader:
     def _blocks(self, start: Position) -> Iterator[tuple[Position, list[Raw]]]:
         """The blocks of an epoch from `start` on, each with the place where it begins."""
         raw = self.stream.raw(self._shards(start.epoch)[start.shard :], self._failures, first=start.shard)
-        rest = itertools.islice(raw, start.sample, None)
+        # By name and not by count: where that shard is gone by now, nothing of the next one is passed over.
+        begin = (start.shard, start.sample)
+        rest = itertools.dropwhile(lambda sample: (sample.ordinal, sample.number) < begin, raw)
         while block := list(itertools.islice(rest, self.stream.shuffle)):
             yield Position(start.epoch, block[0].ordinal, block[0].number), block
 
