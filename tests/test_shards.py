@@ -309,6 +309,15 @@ def test_rows_known_to_be_unusable_are_told_of_or_end_the_run_before_it_begins(t
     with pytest.raises(DataError):
         TrainLoader([data, good], [1, 1], batch_size=4, max_bad_fraction=0.2)
     TrainLoader([data, good], [1, 9], batch_size=4, max_bad_fraction=0.2)
+    # The error names where most of them come from, and what is never drawn is no matter.
+    few = lambda number: {**sample(number), **({"json": b"{}"} if number % 6 == 0 else {})}  # noqa: E731
+    other = build_datasets({"few": section(write_shards(tmp_path / "few", 1, 120, make=few))})["few"]["train"]
+    for mix in ([other, data], [data, other]):
+        with pytest.raises(DataError, match="'web': 100 of 120 rows"):
+            TrainLoader(mix, batch_size=4)
+    with warnings_logged() as lines:
+        TrainLoader([data, good], [0, 1], batch_size=4)
+    assert not lines
 
 
 def test_samples_without_a_question_are_told_of(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from data_helpers import save_picture
 from pyarrow import parquet
 
+from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
@@ -206,6 +207,16 @@ def test_doubts_about_answers_are_told_at_every_start(
         assert "nothing reads label, width: " in told[0] and "datasets.own.val.fields.answer to" in told[0]
         assert "joined.csv: an answer such as 'red|blue' is taken as one" in told[1]
         assert "datasets.own.val.fields.answer_separator to '|'" in told[1]
+
+
+def test_doubts_are_told_by_one_rank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    build(
+        tmp_path, "val", annotations=table(tmp_path, "joined.csv", {"answer": "red"}, {"answer": "red|blue"})
+    )
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_a_number_that_two_rows_have(tmp_path: Path) -> None:

@@ -22,25 +22,25 @@ def surely_above(limit: float, bad: int, reads: int) -> bool:
 def check_known(datasets: Sequence[Any], weights: Sequence[float], limit: float, *, told: bool) -> None:
     """Warn (told) of rows that are known to be unusable: captionless ones, or without a picture, for example.
 
-    weights: how often each dataset is drawn. Raises DataError when so many would surely exceed `run.max_bad_fraction`
-    (limit) within as many reads as there are rows.
+    weights: how often each dataset is drawn; one that never is isn't told of. Raises DataError, which names the dataset
+    that most of them come from, when so many would surely exceed `run.max_bad_fraction` (limit) within as many reads as
+    there are rows.
     """
     reads = sum(map(len, datasets))
-    lines: list[str] = []
-    failing = 0.0
+    found: list[tuple[float, str]] = []  # failed reads of each dataset, and what to tell of it
     for dataset, weight in zip(datasets, weights, strict=True):
         bad, reason = dataset.problems() if isinstance(dataset, KnowsProblems) else (0, None)
-        if bad:
+        if bad and weight:
             share = bad / len(dataset)
-            failing += reads * share * weight / sum(weights)
-            lines.append(
+            line = (
                 f"dataset '{dataset.name}': {bad:,} of {len(dataset):,} rows ({share:.1%}) can't be used, for example "
                 f"{reason}"
             )
-    if lines and surely_above(limit, round(failing), reads):
+            found.append((reads * share * weight / sum(weights), line))
+    if found and surely_above(limit, round(sum(failing for failing, _ in found)), reads):
         raise DataError(
-            f"{lines[0]}; run.max_bad_fraction={limit:g} allows fewer: look at the files and the dataset's `fields`, "
-            "or raise it"
+            f"{max(found)[1]}; run.max_bad_fraction={limit:g} allows fewer: look at the files and the dataset's "
+            "`fields`, or raise it"
         )
-    for line in lines if told else []:
+    for _, line in found if told else []:
         logger.warning("%s; others replace them", line)

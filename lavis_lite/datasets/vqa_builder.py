@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
@@ -133,5 +134,6 @@ class VqaBuilder(ImageTextBuilder):
     def _probe(self, records: RecordTable, source: Source) -> None:
         super()._probe(records, source)
         assert isinstance(source, QuestionSource)
-        for doubt in doubts(records, source):
-            logger.warning("%s", doubt)
+        if dist.is_main():
+            for doubt in doubts(records, source):
+                logger.warning("%s", doubt)
