@@ -118,6 +118,26 @@ def test_what_is_whole_passes(tmp_path: Path, cache: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "own train: 4 rows, 4 of 4 pictures looked for are there\n"
 
 
+def test_rows_that_options_choose_are_not_compared_with_the_preset_s(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cache / "vqav2"
+    save_picture(folder / "images/test2015/COCO_test2015_000000000001.jpg", 1)
+    asked = {"questions": [{"image_id": 1, "question": "what?", "question_id": 10}]}
+    for part in ("test-dev2015", "test2015"):
+        (folder / f"v2_OpenEnded_mscoco_{part}_questions.json").write_text(json.dumps(asked))
+    alone = ["datasets.vqav2.train=null", "datasets.vqav2.val=null"]
+    whole = f"datasets.vqav2.test.questions={folder}/v2_OpenEnded_mscoco_test2015_questions.json"
+    assert check("vqav2", "--options", *alone, "datasets.vqav2.test.images=images") == 1
+    assert "there should be 107,394" in capsys.readouterr().out
+    for other in (whole, "datasets.vqav2.test.limit=1", "datasets.vqav2.limit=1"):
+        assert check("vqav2", "--options", *alone, other) == 0
+        told = capsys.readouterr().out
+        assert told.endswith(
+            "not compared with a count: the options ask for other rows than the preset has\n"
+        )
+
+
 def test_a_stream_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "shards", 2, 3)
     train = {"shards": f"pipe:cat {tmp_path}/shards/{{00000..00001}}.tar", "samples": 12345}

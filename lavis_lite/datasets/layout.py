@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lavis_lite.common.config import PRESETS, read_yaml
+from lavis_lite.common.config import PRESETS, dataset_section, read_yaml
 from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.datasets.builders import SPLITS, build_datasets
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
@@ -18,6 +18,8 @@ from lavis_lite.datasets.tar_members import Address
 # Pictures looked for in each split, spread over its rows, unless all are.
 SPREAD = 20_000
 COUNTS = PRESETS / "dataset_counts.yaml"
+# Of a split, what says where pictures are and not which rows there are.
+PICTURE_KEYS = ("images", "image_name", "image")
 
 
 @dataclass
@@ -80,16 +82,10 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
 
     all_rows: look for every picture, not for some thousands spread over the split. Pictures are not decoded.
     """
-    counts = read_yaml(COUNTS)
     for split in SPLITS:
         if not section.get(split):
             continue
-        found = SplitLayout(
-            split,
-            exact=counts["exact"].get(name, {}).get(split),
-            published=counts["published"].get(name, {}).get(split),
-            uncounted=counts["uncounted"].get(name),
-        )
+        found = _expected(name, split, section)
         try:
             dataset = build_datasets({name: only_split(section, split)})[name][split]
         except LavisLiteError as error:
@@ -104,6 +100,30 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
                 found.files = "pictures" if has_picture_files(dataset) else "clips"
                 _look_through(dataset, found, all_rows=all_rows)
         yield found
+
+
+def _expected(name: str, split: str, section: Mapping[str, Any]) -> SplitLayout:
+    """What is known of a split before it is looked at."""
+    counts = read_yaml(COUNTS)
+    exact, published = (counts[kind].get(name, {}).get(split) for kind in ("exact", "published"))
+    if exact is None and published is None:
+        return SplitLayout(split, uncounted=counts["uncounted"].get(name))
+    if _rows_of(section, split) != _rows_of(dataset_section(name, {}), split):
+        return SplitLayout(split, uncounted="the options ask for other rows than the preset has")
+    return SplitLayout(split, exact=exact, published=published)
+
+
+def _rows_of(section: Mapping[str, Any], split: str) -> Any:
+    """What of a section decides a split's rows: all but where its pictures are."""
+    sources = section.get(split)
+    listed = sources if isinstance(sources, list) else [sources]
+    kept = [
+        {key: value for key, value in one.items() if key not in PICTURE_KEYS and value is not None}
+        if isinstance(one, Mapping)
+        else one
+        for one in listed
+    ]
+    return kept, section.get("limit")
 
 
 def _look_through(dataset: ImageTextDataset, found: SplitLayout, *, all_rows: bool) -> None:
