@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
+from data_helpers import warnings_logged
 
 from lavis_lite.common import locks
 from lavis_lite.common.locks import Busy, locked
@@ -34,3 +37,23 @@ def test_who_waits_does_something_meanwhile(tmp_path: Path, monkeypatch: pytest.
 
     with locked(tmp_path / "lock", what="works", meanwhile=meanwhile):
         assert len(calls) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(number, "not there")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with warnings_logged() as lines:
+        for _ in range(2):
+            with locked(tmp_path / "lock", what="works", wait=False):
+                pass
+    assert lines == [
+        f"'{tmp_path}': its file system has no locks (not there): let no two processes write there at once"
+    ]
+    number = errno.EIO
+    with pytest.raises(OSError, match="not there"), locked(tmp_path / "lock", what="works"):
+        pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,9 @@ logger = get_logger(__name__)
 
 # Between two looks whether a lock is free, where there is something to do meanwhile.
 POLL_SECONDS = 5.0
+
+# What file systems without locks answer: some NFS, Lustre mounted without them.
+UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class Busy(Exception):
@@ -30,7 +35,7 @@ def locked(
         meanwhile: called every few seconds of waiting.
 
     The system releases it when its process ends, however that ends. Nothing is locked where the system has no such
-    locks (Windows), or in a folder that this process may only read.
+    locks (Windows), in a folder that this process may only read, or, with a warning, on a file system without them.
     """
     try:
         import fcntl
@@ -45,6 +50,10 @@ def locked(
             fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            _warn_unlocked(str(Path(path).parent), error.strerror)
         return True
 
     with file:
@@ -57,3 +66,10 @@ def locked(
                     meanwhile()
                     time.sleep(POLL_SECONDS)
         yield
+
+
+@functools.cache  # said once
+def _warn_unlocked(folder: str, reason: str) -> None:
+    logger.warning(
+        "'%s': its file system has no locks (%s): let no two processes write there at once", folder, reason
+    )
