@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import make_jsonl
+from data_helpers import make_jsonl, warnings_logged
 from shard_helpers import jpeg, sample, section, write_shards
 
 from lavis_lite.commands.shards import shards_main
 from lavis_lite.common.locks import locked
+from lavis_lite.common.logging import duration
 from lavis_lite.datasets import shard_writer
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.named import build_named_split
@@ -199,6 +200,16 @@ def test_how_far_it_is_is_told_now_and_then(
     make(source, tmp_path / "out")
     lines = [line for line in capsys.readouterr().err.splitlines() if " of 5 shards, " in line]
     assert len(lines) == 4 and lines[0].endswith(" left")
+
+
+def test_the_time_left_is_reckoned_by_the_shards_made_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 5, 10, 110, 210])  # the two that were there took 5 s each
+    monkeypatch.setattr(shard_writer.time, "monotonic", lambda: next(clock))
+    shards = [shard_writer.Written(f"{number}.tar", 1, 1, "", []) for number in range(4)]
+    with warnings_logged(logging.INFO) as lines:
+        monkeypatch.setattr(shard_writer, "LINE_SECONDS", 0.0)
+        list(shard_writer._told(shards, 4, {"0.tar", "1.tar"}))
+    assert lines == ["1 of 4 shards", "2 of 4 shards", f"3 of 4 shards, {duration(100)} left"]
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:

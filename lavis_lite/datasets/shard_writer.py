@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -110,8 +110,10 @@ def make_shards(dataset: ImageTextDataset, plan: Plan, out: Path, *, workers: in
     with _alone(out):
         _claim(plan, out)
         try:
+            paths = [plan.path(out, number) for number in range(plan.shards)]
+            there = {path.name for path in paths if path.is_file()}
             shards = in_processes(partial(_write, bare, plan, out), range(plan.shards), workers)
-            written = list(_told(shards, plan.shards))
+            written = list(_told(shards, plan.shards, there))
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker was killed, perhaps for want of memory: what is complete stays, and the same command goes on"
@@ -140,16 +142,25 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _told(shards: Iterable[Written], total: int) -> Iterator[Written]:
-    """The shards as they come, with a line now and then of how far it is; those that were there take no time."""
+def _told(shards: Iterable[Written], total: int, there: Set[str] = frozenset()) -> Iterator[Written]:
+    """The shards as they come, with a line now and then of how far it is.
+
+    there: names of those that an earlier run made. They are only hashed, and say nothing of how long others take.
+    """
     began = last = time.monotonic()
+    made = 0
     for done, shard in enumerate(shards, 1):
         yield shard
         now = time.monotonic()
+        if shard.shard in there:
+            began = began if made else now
+        else:
+            made += 1
         if now - last >= LINE_SECONDS and done < total:
             last = now
-            left = duration((now - began) / done * (total - done))
-            logger.info("%d of %d shards, %s left", done, total, left)
+            to_make = total - len(there) - made
+            left = f", {duration((now - began) / made * to_make)} left" if made else ""
+            logger.info("%d of %d shards%s", done, total, left)
 
 
 def _claim(plan: Plan, out: Path) -> None:
