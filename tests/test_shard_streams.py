@@ -342,6 +342,15 @@ def test_local_shards_and_streams_are_not_mixed_unless_all_are_streamed(tmp_path
     assert sorted(drawn(StreamReader(streamed, seed=0, reader=0, readers=1), 14)) == list(range(14))
 
 
+def test_braces_beside_a_command_may_name_missing_shards(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "shards/00001.tar").unlink()
+    command = f"pipe:cat {tmp_path}/shards/00005.tar"
+    with warnings_logged() as lines:
+        streamed = build(f"{tmp_path}/shards/{{00000..00002}}.tar::{command}")
+    assert streamed.urls == [*(f"{tmp_path}/shards/0000{number}.tar" for number in (0, 2)), command]
+    assert len(lines) == 1 and "1 of 3 shards are missing" in lines[0]
+
+
 def test_compressed_tars_are_streamed(pattern: str, tmp_path: Path) -> None:
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.with_suffix(".tar.gz").write_bytes(gzip.compress(shard.read_bytes()))

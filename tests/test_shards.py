@@ -287,6 +287,9 @@ def test_patterns_stand_for_the_same_shards_everywhere(
     assert expand("{x}.tar", folder) == [str(folder / "{x}.tar")]
     assert expand("9*.tar", folder) == [str(folder / "9*.tar")] and expand("9.tar") == ["9.tar"]
     assert expand("pipe:cat ~/{0..1}.tar", folder) == ["pipe:cat ~/0.tar", "pipe:cat ~/1.tar"]
+    assert expand("{x}.tar::00.tar", folder) == [str(folder / "{x}.tar"), both[0]]
+    many = "::".join(["00.tar", "01.tar"] * 1000)  # joined, longer than a file's name may be
+    assert expand(many, folder) == both * 1000
     assert expand("https://x/{0..1}.tar::a.tar", folder)[1:] == ["https://x/1.tar", str(folder / "a.tar")]
 
 

@@ -18,7 +18,7 @@ from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Record, RecordTable, Source
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_stream import ShardStream
-from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar, names
+from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar, names, parts
 from lavis_lite.datasets.shards import ShardSource
 from lavis_lite.datasets.tar_members import Address, read_member
 from lavis_lite.datasets.vqa import QuestionDataset
@@ -176,11 +176,14 @@ class ShardBuilder(ImageTextBuilder):
         """The shards of a split: addresses as they are, local ones with the paths where they were found."""
         found: list[str] = []
         for pattern in config.patterns:
-            if all(map(is_local, names(pattern))):
-                found += self._local(pattern, key)
-            else:
-                for name in names(pattern):
-                    found += self._local(name, key) if is_local(name) else [name]
+            # What local parts stand for is looked for together: some of it may be missing, but not all.
+            local = all(map(is_local, names(pattern)))
+            for part in [pattern] if local else parts(pattern):
+                if all(map(is_local, names(part))):
+                    found += self._local(part, key)
+                else:
+                    for name in names(part):
+                        found += self._local(name, key) if is_local(name) else [name]
         return list(dict.fromkeys(found))
 
     def _local(self, pattern: str, key: str) -> list[str]:

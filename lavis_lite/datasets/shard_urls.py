@@ -24,18 +24,25 @@ def expand(pattern: str, folder: Path = Path()) -> list[str]:
     $VARIABLES, and *, ? and [ are expanded too; a path that none of the latter fits stays as it is, like one without
     them that isn't there.
     """
-    if is_local(pattern) and (folder / pattern).is_file():  # whatever signs are in its name
-        return [str(folder / pattern)]
+    return [shard for part in parts(pattern) for shard in _expand_part(part, folder)]
+
+
+def parts(pattern: str) -> list[str]:
+    """The patterns that "::" joins."""
+    return pattern.split("::")
+
+
+def _expand_part(part: str, folder: Path) -> list[str]:
+    if is_local(part) and _is_file(folder / part):  # whatever signs are in its name
+        return [str(folder / part)]
     return [
-        path
-        for name in names(pattern)
-        for path in (_expand_stars(folder, name) if is_local(name) else [name])
+        path for name in _braces(part) for path in (_expand_stars(folder, name) if is_local(name) else [name])
     ]
 
 
 def names(pattern: str) -> list[str]:
     """What a pattern names, with all but *, ? and [ expanded; looks at no file."""
-    return [name for one in pattern.split("::") for name in _braces(one)]
+    return [name for one in parts(pattern) for name in _braces(one)]
 
 
 def _braces(pattern: str) -> list[str]:
@@ -46,9 +53,16 @@ def _braces(pattern: str) -> list[str]:
     return expanded
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name may be
+        return False
+
+
 def _expand_stars(folder: Path, name: str) -> list[str]:
     path = folder / name
-    if path.is_file() or not any(sign in name for sign in "*?["):
+    if _is_file(path) or not any(sign in name for sign in "*?["):
         return [str(path)]
     found = glob.glob(os.path.join(glob.escape(str(folder)), name))
     return sorted(str(Path(one)) for one in found) or [str(path)]
