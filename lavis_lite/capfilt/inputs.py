@@ -15,7 +15,7 @@ from lavis_lite.datasets.records import RecordTable, Source, open_records
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_urls import expand, is_local, is_local_tar
 from lavis_lite.datasets.tar_members import Sample, read_member, samples_of
-from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples
+from lavis_lite.datasets.tar_streams import BrokenStream, stream_samples, why
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class _LocalTar:
             _raise_if_disk(error, self.path)
             self.damage = error.reason
         except OSError as error:
-            raise DataError(f"{self.path}: can't be read: {error.strerror or error}") from error
+            raise DataError(f"{self.path}: can't be read: {why(error)}") from error
 
     def _item(self, sample: Sample) -> Item:
         def read(extension: str) -> bytes:
@@ -226,10 +226,10 @@ class _Stream:
                 yield _item(self.url, key, members, members.__getitem__, self.form)
         except BrokenStream as error:
             if not is_local(self.url):
-                raise DataError(f"{self.url}: can't be read: {error}") from error
-            self.damage = str(error)
+                raise DataError(f"{self.url}: can't be read: {why(error)}") from error
+            self.damage = why(error)
         except OSError as error:
-            raise DataError(f"{self.url}: can't be read: {error.strerror or error}") from error
+            raise DataError(f"{self.url}: can't be read: {why(error)}") from error
 
 
 def _item(

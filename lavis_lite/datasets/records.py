@@ -254,7 +254,5 @@ def _key(source: Source) -> str:
         states = [(str(file.resolve()), file.stat()) for file in source.files]
         state = [[name, status.st_size, status.st_mtime_ns] for name, status in states]
     decides = asdict(replace(source, where="", images=Path() if source.files else source.images))
-    if not decides["uncaptioned"]:  # as before there was such a thing: tables that are there keep their names
-        del decides["uncaptioned"]
     text = json.dumps([LAYOUT, str(source.path.resolve()), state, decides], default=str, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
