@@ -18,7 +18,9 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.logging import progress_text
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.content import content_of
+from lavis_lite.runners.changed_data import note_data
 from lavis_lite.runners.runner import Runner
+from lavis_lite.runners.state import TrainState
 
 TESTS = Path(__file__).resolve().parent
 
@@ -123,6 +125,22 @@ def test_a_run_does_not_continue_on_other_shards_unless_told_to(tmp_path: Path) 
     content["run"]["allow_changed_data"] = False
     path.write_text(yaml.safe_dump(content))
     assert Runner(load_config(path)).train().finished
+
+
+@pytest.mark.parametrize(
+    ("stream", "told"), [(False, "some samples come twice"), (True, "it begins with its first epoch")]
+)
+def test_a_dataset_that_becomes_a_stream_or_ceases_to_be_one(tmp_path: Path, stream: bool, told: str) -> None:
+    pattern = write_shards(tmp_path, 2, 3)
+    options = {"stream": True, "samples": 6} if stream else {}
+    dataset = build_datasets({"web": section(pattern, **options)})["web"]["train"]
+    before = {"kind": "rows" if stream else "shards", "count": 2, "digest": "x"}
+    places = {} if stream else {"web 0/1": (3, 1, 0, 2)}
+    state = TrainState(data={"web": before}, stream_places=dict(places))
+    with warnings_logged() as lines:
+        note_data(state, [dataset], allowed=True)
+    assert len(lines) == 1 and told in lines[0] and "begins again" not in lines[0]
+    assert state.stream_places == places
 
 
 def test_a_set_of_shards_stays_itself_when_it_moves(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ logger = get_logger(__name__)
 def note_data(state: TrainState, datasets: Sequence[Any], *, allowed: bool) -> None:
     """Keep in the state what the datasets hold, for the next time; compare with what they held at its checkpoint.
 
-    allowed: `run.allow_changed_data`: a stream that changed begins its epoch again, other datasets go on at the same
-    place of another order. Each is a warning. A checkpoint of an older version has nothing to compare with.
+    allowed: `run.allow_changed_data`: a stream that changed begins its epoch again, one that was read at random before
+    its first one; other datasets go on at the same place of another order. Each is a warning. A checkpoint of an older
+    version has nothing to compare with.
 
     Raises ConfigError for a dataset that changed, unless that is allowed.
     """
@@ -34,7 +35,7 @@ def note_data(state: TrainState, datasets: Sequence[Any], *, allowed: bool) -> N
                 f"datasets.{name}: {change}, so that some samples would come twice in this epoch and others not at "
                 "all: bring back what was there, or set run.allow_changed_data=true to go on all the same"
             )
-        begins = _begin_epoch(state, name)
+        begins = _begin_epoch(state, name, before["kind"], held["kind"])
         if dist.is_main():
             logger.warning("datasets.%s: %s; %s", name, change, begins)
     state.data = now
@@ -48,10 +49,12 @@ def _change(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _begin_epoch(state: TrainState, name: str) -> str:
-    """Let a stream's readers begin the earliest epoch that one of them was in; what that means, in words."""
-    again = begin_epoch_again(name, state.stream_places)
-    if again is None:
+def _begin_epoch(state: TrainState, name: str, before: str, now: str) -> str:
+    """Let a stream's readers begin the earliest epoch that one of them was in; where a dataset goes on, in words."""
+    if now == "rows":
         return "some samples come twice in this epoch and others not at all"
+    again = begin_epoch_again(name, state.stream_places) if before == now else None
+    if again is None:
+        return "a stream now, it begins with its first epoch"
     epoch, state.stream_places = again
     return f"its epoch {epoch} begins again"
