@@ -90,6 +90,25 @@ def test_a_run_continues_in_mid_epoch_of_a_mix(tmp_path: Path, workers: int) -> 
     ]
 
 
+def test_an_evaluation_made_up_for_in_another_folder_keeps_the_place_of_a_stream(tmp_path: Path) -> None:
+    path = project(tmp_path / "one")
+    whole = Runner(load_config(path)).train()
+    start = tmp_path / "one/run/checkpoints/step_000004"
+    val = f"datasets.local.val.shards={write_shards(tmp_path / 'val', 1, 6)}"
+    validated = [
+        val,
+        "run.eval_every=4",
+        "run.valid_splits=[val]",
+        "run.best_metric=val/loss",
+        "run.best_mode=min",
+    ]
+    other = f"run.output_dir={tmp_path / 'other'}"
+    again = Runner(load_config(path, [f"run.resume={start}", other, *validated])).train()
+    kept = json.loads((tmp_path / "other/checkpoints/step_000004/state.json").read_text())
+    assert kept["stream_places"] == json.loads((start / "state.json").read_text())["stream_places"] != {}
+    assert_same_bits(weights(again.checkpoint), weights(whole.checkpoint))
+
+
 def test_a_run_does_not_continue_on_other_shards_unless_told_to(tmp_path: Path) -> None:
     path = project(tmp_path / "one")
     stars = path.read_text().replace("{00000..00001}.tar", "*.tar").replace("{00000..00004}.tar", "*.tar")

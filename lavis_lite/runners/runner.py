@@ -76,9 +76,10 @@ class Runner:
         with self.files, speaking_once(self._where):
             if self._set_up():
                 with self.signals, self.progress:
+                    # Before an evaluation that may save: the loader then knows where its streams are.
+                    batches = self._batches()
                     if self._owes_evaluation():
                         self.validate()
-                    batches = self._batches()
                     while not self.finished and not self.stopping:
                         self.train_step(batches)
                         self.log()
