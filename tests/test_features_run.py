@@ -135,6 +135,18 @@ def test_a_second_run_encodes_nothing_and_workers_change_nothing(tmp_path: Path,
     assert_same_bits(weights(first.checkpoint), weights(second.checkpoint))
 
 
+def test_changed_data_is_refused_before_its_features_are_made(tmp_path: Path, encoded: list[int]) -> None:
+    train(config(tmp_path, save_every=4))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000009")
+    (tmp_path / "run" / "summary.json").unlink()
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:-2]))
+    encoded.clear()
+    with pytest.raises(ConfigError, match=r"datasets\.own: .* now there are 22 rows"):
+        train(config(tmp_path))
+    assert not encoded
+
+
 def test_a_resumed_run_is_bit_exact_and_other_views_are_another_run(tmp_path: Path) -> None:
     whole = train(config(tmp_path, output_dir=str(tmp_path / "whole"), save_every=4, keep_last=9))
     shutil.copytree(tmp_path / "whole", tmp_path / "part")

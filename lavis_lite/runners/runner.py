@@ -28,7 +28,6 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
-from lavis_lite.runners.changed_data import note_data
 from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
@@ -132,7 +131,6 @@ class Runner:
             )
             self.files.callback(self.log_file.close)
         self.parts = build_parts(self.cfg, start)
-        note_data(self.state, self.parts.loader.datasets, allowed=run.allow_changed_data)
         self.saver = CheckpointSaver(self.run_dir, run, self.parts.strategy, self.parts.device)
         self.files.callback(self.saver.close)
         self.max_steps = self.parts.max_steps

@@ -26,6 +26,7 @@ from lavis_lite.models.base import build_model, without_sources
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.auto import choose_strategy
 from lavis_lite.parallel.base import Strategy, build_strategy, check_quantized, check_strategy, is_quantized
+from lavis_lite.runners.changed_data import note_data
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
@@ -95,7 +96,10 @@ def build_base(
 
 
 def build_parts(cfg: Config, start: StartPoint) -> Parts:
-    """Everything training needs, with a checkpoint's contents where the run continues one."""
+    """Everything training needs, with a checkpoint's contents where the run continues one, and its data in the state.
+
+    Raises ConfigError among others where the data is not what it was at the checkpoint (`note_data`).
+    """
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
     quantized = is_quantized(cfg.model)
@@ -111,6 +115,8 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     threads = state.num_threads if resumed else None
     # The strategy moves the model: one that is sharded may be too large for one device.
     base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=False)
+    # Before features of other data than the run's are made.
+    note_data(state, list(_trained_on(cfg, base.datasets).values()), allowed=run.allow_changed_data)
     if run.cache_features:
         with encoder_placed(base) as encoder:
             base.datasets = with_features(cfg, base.datasets, encoder)
@@ -173,14 +179,10 @@ def encoder_placed(base: Base) -> Iterator[Encoder]:
 def build_loader(cfg: Config, datasets: Splits) -> TrainLoader:
     """The training loader over every dataset that has the training split, mixed by their `ratio`."""
     run = cfg.run
-    names = [name for name, splits in datasets.items() if run.train_split in splits]
-    if not names:
-        known = sorted({split for splits in datasets.values() for split in splits})
-        hint = closest(run.train_split, known) or f"splits: {', '.join(known) or 'none'}"
-        raise ConfigError(f"run.train_split: no dataset has a split '{run.train_split}'; {hint}")
+    chosen = _trained_on(cfg, datasets)
     return TrainLoader(
-        [datasets[name][run.train_split] for name in names],
-        _ratios({name: cfg.datasets[name].get("ratio") for name in names}),
+        list(chosen.values()),
+        _ratios({name: cfg.datasets[name].get("ratio") for name in chosen}),
         batch_size=run.batch_size_train,
         seed=run.seed,
         rank=dist.rank(),
@@ -188,6 +190,17 @@ def build_loader(cfg: Config, datasets: Splits) -> TrainLoader:
         num_workers=run.num_workers,
         max_bad_fraction=run.max_bad_fraction,
     )
+
+
+def _trained_on(cfg: Config, datasets: Splits) -> dict[str, Any]:
+    """The training split of each dataset that has it, by the dataset's name."""
+    split = cfg.run.train_split
+    chosen = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if not chosen:
+        known = sorted({split for splits in datasets.values() for split in splits})
+        hint = closest(split, known) or f"splits: {', '.join(known) or 'none'}"
+        raise ConfigError(f"run.train_split: no dataset has a split '{split}'; {hint}")
+    return chosen
 
 
 def _ratios(given: Mapping[str, float | None]) -> list[float] | None:
