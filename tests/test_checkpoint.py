@@ -82,7 +82,11 @@ def test_incomplete_folders_do_not_count(tmp_path: Path) -> None:
     (folder / ".tmp-step_000010-x").mkdir()
     newest = ckpt.newest(tmp_path)
     assert newest is not None and newest.name == "step_000005"
-    assert [path.name for path in ckpt.clean(tmp_path)] == [".tmp-step_000010-x"]
+    amended = folder / "step_000002"
+    amended.mkdir(exist_ok=True)
+    (amended / ".tmp-state.json-x").write_text("{")
+    assert [path.name for path in ckpt.clean(tmp_path)] == [".tmp-step_000010-x", ".tmp-state.json-x"]
+    assert not (amended / ".tmp-state.json-x").exists()
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

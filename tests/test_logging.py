@@ -35,6 +35,16 @@ def test_opening_drops_rows_after_the_resumed_step_and_cut_lines(tmp_path: Path)
     assert log.read_rows(tmp_path / "absent") == []
 
 
+@pytest.mark.parametrize(("last", "kept"), [(None, [2, 4]), (2, [2]), (0, [])])
+def test_opening_drops_evaluations_after_the_last_that_is_kept(
+    tmp_path: Path, last: int | None, kept: list[int]
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"kind": "eval", "step": s}) + "\n" for s in (2, 4, 6)))
+    log.RunLog(tmp_path, last_step=4, last_evaluation=last).close()
+    assert [row["step"] for row in log.read_rows(path)] == kept
+
+
 def test_missing_tensorboard_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> ModuleType:
         raise ImportError(name)

@@ -177,8 +177,10 @@ def newest(run_dir: str | Path) -> Path | None:
 
 
 def clean(run_dir: str | Path) -> list[Path]:
-    """Remove what interrupted writes left among a run's checkpoints."""
-    return remove_leftovers(Path(run_dir) / FOLDER)
+    """Remove what interrupted writes left among a run's checkpoints, and in each of them (`amend_state`)."""
+    folder = Path(run_dir) / FOLDER
+    removed = remove_leftovers(folder)
+    return removed + [path for step in sorted(folder.glob("step_*")) for path in remove_leftovers(step)]
 
 
 def best_or_newest(run_dir: str | Path) -> Path | None:

@@ -75,8 +75,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Appends rows to log.jsonl, flushed one by one, and on request to TensorBoard; for the main process.
 
-    Opening drops the rows after `last_step`, and evaluations after `last_evaluation`: what a resumed run does
-    again is logged once.
+    Opening drops the rows after `last_step`, and evaluations after `last_evaluation` (None: `last_step`): what a
+    resumed run does again is logged once.
 
     Raises MissingDependencyError when TensorBoard is asked for and not installed.
     """
@@ -90,7 +90,7 @@ class RunLog:
         tensorboard: bool = False,
     ) -> None:
         self.path = Path(run_dir) / "log.jsonl"
-        last = {"eval": last_evaluation or 0}
+        last = {"eval": last_step if last_evaluation is None else last_evaluation}
         kept = [
             row
             for row in read_rows(self.path)

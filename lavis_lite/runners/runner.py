@@ -126,7 +126,7 @@ class Runner:
             self.log_file = RunLog(
                 self.run_dir,
                 last_step=self.state.step,
-                last_evaluation=self.state.evaluated_step,
+                last_evaluation=self.state.evaluated_step or 0,
                 tensorboard=run.tensorboard,
             )
             self.files.callback(self.log_file.close)
