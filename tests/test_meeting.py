@@ -20,7 +20,7 @@ def store() -> TCPStore:
 @pytest.fixture
 def ranks(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Meeting]]:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(module, "ROLL_CALL_SECONDS", 2.0)
+    monkeypatch.setattr(module, "ROLL_CALL_SECONDS", 1.0)
     meetings = [Meeting(store.clone(), rank, 4, launch=store) for rank in range(4)]
     yield meetings
     for one in meetings:
@@ -32,6 +32,17 @@ def test_silent_ranks_are_told_from_those_that_only_wait(ranks: list[Meeting]) -
         ranks[gone].close()
     assert [ranks[rank].claim() for rank in (1, 0)] == [True, False]
     assert ranks[1].roll_call() == ([2, 3], [])
+
+
+@pytest.mark.parametrize("gone", [[], [2]])
+def test_a_rank_that_is_busy_for_long_is_not_called_silent(ranks: list[Meeting], gone: list[int]) -> None:
+    for rank in (*gone, 3):
+        ranks[rank].close()
+    beat = threading.Timer(2.5 if gone else 1.5, lambda: ranks[3]._store.add("beats/3", 1))
+    assert [ranks[rank].claim() for rank in (1, 0)] == [True, False]
+    beat.start()
+    silent, calm = ranks[1].roll_call()
+    assert silent == gone and 3 in calm
 
 
 def test_who_has_met_no_failure_is_told_when_all_live(ranks: list[Meeting]) -> None:

@@ -1,7 +1,8 @@
 """What ranks leave for each other in the store they met at, beside their exchanges: who lives, who speaks, what ended.
 
 An exchange that fails doesn't tell who is gone, and where it fails first isn't where the others learn of it. So every
-rank beats in the store from a thread of its own, whatever its exchanges do.
+rank beats in the store from a thread of its own, whatever its exchanges do. Only code that holds the interpreter's lock
+keeps it from beating, for seconds where a large file is parsed: silence must last before it means that a rank ended.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import time
 from torch.distributed import PrefixStore, Store
 
 BEAT_SECONDS = 0.5
-# Between the two readings of a roll call: several beats, on a busy machine too.
+# Between two readings of a roll call: several beats, on a busy machine too.
 ROLL_CALL_SECONDS = 3.0
+# After the first. Where one rank alone is silent it is why an exchange failed, and two will do; of several one may only
+# be busy.
+READINGS = 4
 
 
 class Meeting:
@@ -76,15 +80,17 @@ class Meeting:
             return not self._seen_claimed
 
     def roll_call(self) -> tuple[list[int], list[int]]:
-        """Ranks that have fallen silent, and ranks that live but have not `claim`ed; takes some seconds.
+        """Ranks that have fallen silent, and ranks that live but have not `claim`ed; takes up to a dozen seconds.
 
         Both are empty where the store is gone.
         """
         try:
-            before = self._beats()
-            time.sleep(ROLL_CALL_SECONDS)
-            after = self._beats()
-            silent = [rank for rank in range(self.ranks) if before[rank] == after[rank]]
+            before, silent = self._beats(), list(range(self.ranks))
+            for reading in range(READINGS):
+                time.sleep(ROLL_CALL_SECONDS)
+                silent = [rank for rank, beats in enumerate(self._beats()) if beats == before[rank]]
+                if not silent or (len(silent) == 1 and reading > 0):
+                    break
             calm = [rank for rank in range(self.ranks) if not self._store.check([f"failed/{rank}"])]
         except RuntimeError:
             return [], []
@@ -102,7 +108,7 @@ class Meeting:
 
     def stay(self) -> None:
         """Live on until the rank that speaks has called the roll: one that ended by itself would be called lost."""
-        end = time.monotonic() + 3 * ROLL_CALL_SECONDS
+        end = time.monotonic() + (READINGS + 2) * ROLL_CALL_SECONDS
         try:
             while not self._store.check(["called"]) and time.monotonic() < end:
                 time.sleep(BEAT_SECONDS)
