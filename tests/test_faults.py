@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from runner_helpers import (
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import list_checkpoints
-from lavis_lite.common.errors import ConfigError, TrainingError
+from lavis_lite.common.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lavis_lite.runners import faults
 from lavis_lite.runners.runner import Runner
 
@@ -276,6 +277,36 @@ def test_an_error_that_would_come_again_ends_the_launch_and_one_rank_says_it(
         assert meeting.ended == code
     assert isinstance(caught.value, SystemExit) and caught.value.code == code
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def _caused(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def _passing() -> DataError:
+    error = DataError("x")
+    error.passing = True
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _passing(),
+        _caused(DataError("x"), ConnectionResetError()),
+        _caused(CheckpointError("x"), TimeoutError()),
+        _caused(CheckpointError("x"), OSError(errno.ESTALE, "Stale file handle")),
+    ],
+)
+def test_what_a_new_start_may_get_over_does_not_end_the_launch(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = FakeMeeting(False)
+    monkeypatch.setattr(dist, "meeting", lambda: meeting)
+    with pytest.raises(type(error)), faults.speaking_once(lambda: ""):
+        raise error
+    assert meeting.ended is None
 
 
 def test_a_rank_that_said_why_it_ended_is_not_called_lost(

@@ -262,6 +262,18 @@ def test_nothing_readable_at_all_ends_the_run(pattern: str, tmp_path: Path) -> N
         build(pattern)
 
 
+@pytest.mark.parametrize("command", [True, False])
+def test_an_outage_of_a_streams_source_may_pass(pattern: str, tmp_path: Path, command: bool) -> None:
+    stream = build(pattern)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.write_bytes(b"")
+    if command:
+        stream.urls = [f"pipe:cat {url}" for url in stream.urls]
+    with pytest.raises(DataError) as caught:
+        take(TrainLoader([stream], batch_size=4, max_bad_fraction=1.0), 1)
+    assert caught.value.passing is command
+
+
 def test_shards_with_nothing_in_them_end_the_run_with_a_reason(pattern: str, tmp_path: Path) -> None:
     stream = build(pattern)
     for shard in (tmp_path / "shards").glob("*.tar"):

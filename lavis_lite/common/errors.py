@@ -19,6 +19,8 @@ class LavisLiteError(Exception):
     """Base of all errors that are the input's or the environment's fault, not the program's."""
 
     exit_code: ClassVar[int] = 1
+    # Whether a new start may get over it: a network that is down for a while.
+    passing: bool = False
 
     def __str__(self) -> str:
         # LookupError's own __str__ would quote the message like a dictionary key.

@@ -293,13 +293,23 @@ class TrainLoader:
             start = time.perf_counter()
             item: Fetched = next(fetched)
             self.data_wait_s += time.perf_counter() - start
-            self.counter.count(item)
-            if item.batch is None:
-                self.counter.stop(*item.failures[-1])
-                return
+            try:
+                self.counter.count(item)
+                if item.batch is None:
+                    self.counter.stop(*item.failures[-1])
+            except DataError as error:
+                # A source that could not be reached, unlike bad samples in it, may be there for a new start.
+                error.passing = any(self._is_remote(path) for path, _ in item.failures)
+                raise
+            assert item.batch is not None
             if item.place is not None:
                 key, self.places[key] = item.place
             yield item.batch
+
+    def _is_remote(self, path: str) -> bool:
+        """Whether what failed is a whole shard of a stream that comes from an address or a command."""
+        streams = [dataset for dataset in self.datasets if isinstance(dataset, ShardStream)]
+        return ("://" in path or path.startswith("pipe:")) and any(path in stream.urls for stream in streams)
 
     def _tasks(self, start_batch: int) -> Iterator[Task | StreamTask]:
         draws = mixed(self.weights, seed=self.seed, start=start_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import sys
 import threading
@@ -27,6 +28,8 @@ LOST = (
     "remote process exit",
     "communicator was aborted",
 )
+# Of an OSError: a file system on other machines that can't be reached now.
+HICCUPS = (errno.EIO, errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 
 
 @contextlib.contextmanager
@@ -34,7 +37,7 @@ def speaking_once(where: Callable[[], str]) -> Iterator[None]:
     """Within the block an error of all ranks is raised on one; a failed exchange becomes an error that names the lost.
 
     Errors that a new start would meet again end the launch: ranks that torchrun starts then end at once (`dist.init`).
-    A lost rank is what new starts are for.
+    A lost rank is what new starts are for, and so is what may pass (`may_pass`).
 
     where: tells the step, and what to go on from.
 
@@ -45,7 +48,8 @@ def speaking_once(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except LavisLiteError as error:
-        _end(error.exit_code, str(error))
+        if not may_pass(error):
+            _end(error.exit_code, str(error))
         raise
     except OSError as error:
         if error.errno in DISK_ERRORS:
@@ -63,6 +67,18 @@ def is_lost_peer(error: RuntimeError) -> bool:
     text = str(error).lower()
     between_ranks = isinstance(error, torch_dist.DistError) or "gloo" in text or "nccl" in text
     return between_ranks and any(words in text for words in LOST)
+
+
+def may_pass(error: LavisLiteError) -> bool:
+    """Whether a new start may get over an error: one of a network or of a file system on it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, (ConnectionError, TimeoutError)) or getattr(found, "passing", False):
+            return True
+        if isinstance(found, OSError) and found.errno in HICCUPS:
+            return True
+        found = found.__cause__
+    return False
 
 
 def _ignore_sigterm() -> None:
