@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as torch_dist
-from kills import is_writing, newest, ranks_of
+from kills import Disturbance, is_writing, newest, ranks_of
 from runner_helpers import (
     assert_same_bits,
     config,
@@ -342,6 +343,26 @@ def test_the_line_says_where_the_run_was(tmp_path: Path, max_steps: int, step: i
     runner = Runner(config(tmp_path))
     runner.max_steps, runner.state.step = max_steps, step
     assert runner._where().startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("rows", "begun", "resumed", "place"),
+    [
+        ([("train", 12)], 1e12, 12, "starting"),  # the log of the processes before
+        ([("train", 12)], 0.0, 12, "evaluating"),
+        ([("train", 6)], 0.0, 6, "starting"),
+        ([("train", 7)], 0.0, 6, "training"),
+        ([("train", 12)], 0.0, 10, "evaluating"),
+        ([], 0.0, 0, "starting"),
+    ],
+)
+def test_a_kill_says_what_it_hit(
+    tmp_path: Path, rows: list[tuple[str, int]], begun: float, resumed: int, place: str
+) -> None:
+    text = "".join(json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in rows)
+    (tmp_path / "log.jsonl").write_text(text)
+    run = Disturbance(None, tmp_path, last_step=12, resumed=resumed, begun=begun)  # type: ignore[arg-type]
+    assert run._place() == place
 
 
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,8 +198,12 @@ class Disturbance:
         """What the processes are at: starting, writing a checkpoint, training, evaluating at the end."""
         log = self.folder / "log.jsonl"
         step = last_logged(self.folder)
-        # Until they open the log its last rows are those of the processes before.
-        if not log.is_file() or log.stat().st_mtime < self.begun or step <= self.resumed:
+        # Until they open the log its last rows are those of the processes before; a step follows, if one is left.
+        if (
+            not log.is_file()
+            or log.stat().st_mtime < self.begun
+            or step <= min(self.resumed, self.last_step - 1)
+        ):
             return "starting"
         if is_writing(self.folder):
             return "writing"
