@@ -287,6 +287,7 @@ class TrainLoader:
     def _stream(
         self, start_batch: int, starts: Mapping[str, StreamStart]
     ) -> Generator[dict[str, Any], None, None]:
+        streams = [one for one in self.datasets if isinstance(one, ShardStream)]
         reader = TrainReader(self.datasets, self.seed, self.readers, starts)
         fetched = iter(DataLoader(reader, sampler=_Stream(self._tasks(start_batch)), **self._options))
         while True:
@@ -298,18 +299,12 @@ class TrainLoader:
                 if item.batch is None:
                     self.counter.stop(*item.failures[-1])
             except DataError as error:
-                # A source that could not be reached, unlike bad samples in it, may be there for a new start.
-                error.passing = any(self._is_remote(path) for path, _ in item.failures)
+                error.passing = any(one.is_remote(path) for one in streams for path, _ in item.failures)
                 raise
             assert item.batch is not None
             if item.place is not None:
                 key, self.places[key] = item.place
             yield item.batch
-
-    def _is_remote(self, path: str) -> bool:
-        """Whether what failed is a whole shard of a stream that comes from an address or a command."""
-        streams = [dataset for dataset in self.datasets if isinstance(dataset, ShardStream)]
-        return ("://" in path or path.startswith("pipe:")) and any(path in stream.urls for stream in streams)
 
     def _tasks(self, start_batch: int) -> Iterator[Task | StreamTask]:
         draws = mixed(self.weights, seed=self.seed, start=start_batch)

@@ -151,6 +151,10 @@ class ShardStream:
         order = permuted(np.arange(len(self.urls), dtype=np.int64), len(self.urls), key)
         return left_of_epoch(order.tolist(), epoch, past)[reader::readers]
 
+    def is_remote(self, path: str) -> bool:
+        """Whether what failed is a shard that an address or a command gives: unlike its samples it may come back."""
+        return ("://" in path or path.startswith("pipe:")) and path in self.urls
+
     def raw(
         self, shards: Iterable[int], failures: list[tuple[str, str]], *, first: int = 0
     ) -> Generator[Raw, None, None]:
