@@ -17,8 +17,9 @@ import torch
 from data_helpers import NumberDataset, make_jsonl, warnings_logged
 
 from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.datasets.bad_rows import ReadCounter
 from lavis_lite.datasets.builders import build_datasets
-from lavis_lite.datasets.loader import ReadCounter, TrainLoader, eval_loader
+from lavis_lite.datasets.loader import TrainLoader, eval_loader
 from lavis_lite.datasets.order import TABLE_LENGTH, hashed, mixed, permuted, seed_of
 
 

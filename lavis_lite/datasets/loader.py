@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.datasets.bad_rows import check_known, surely_above
+from lavis_lite.datasets.bad_rows import ReadCounter, check_known
 from lavis_lite.datasets.base import MAX_ATTEMPTS, Rows, UnreadableSample
 from lavis_lite.datasets.order import AUGMENT, REPLACE, RowStream, mixed, seed_of
 from lavis_lite.datasets.shard_stream import ShardStream, StreamReader
@@ -136,49 +136,6 @@ class EvalReader(Dataset[Fetched]):
         return Fetched(self.dataset.collate(samples) if samples else None, len(samples), failures)
 
 
-class ReadCounter:
-    """Counts reads and failed reads, logs each bad file once, and stops a run that has too many.
-
-    The limit is a fraction of all reads. A few failures among the first reads prove nothing, so the run stops
-    once the fraction is above the limit by three standard deviations: after 10 reads when every file is
-    missing, after about 1,000 when 2.5% are and 1% is allowed. With a limit of 0 the first failure stops it.
-    """
-
-    def __init__(self, max_bad_fraction: float, what: str = "replaced by another row") -> None:
-        self.max_bad_fraction = max_bad_fraction
-        self.what = what
-        self.good = 0
-        self.bad = 0
-        self._paths: set[str] = set()
-
-    def restart(self) -> None:
-        """Begin a new pass: reads count from 0, files already logged stay so."""
-        self.good = self.bad = 0
-
-    def count(self, fetched: Fetched) -> None:
-        """Add one batch's reads; raises DataError when too many have failed."""
-        self.good += fetched.size
-        self.bad += len(fetched.failures)
-        for path, reason in fetched.failures:
-            if path not in self._paths:
-                self._paths.add(path)
-                logger.warning("unreadable, %s: %s: %s", self.what, path, reason)
-        if fetched.failures and self.exceeded():
-            self.stop(*fetched.failures[0])
-
-    def exceeded(self) -> bool:
-        """Whether the fraction of failed reads is surely above the limit."""
-        return surely_above(self.max_bad_fraction, self.bad, self.good + self.bad)
-
-    def stop(self, path: str, reason: str) -> None:
-        """Raise the error that names one of the bad files."""
-        raise DataError(
-            f"{self.bad} of {self.good + self.bad} reads failed, more than run.max_bad_fraction="
-            f"{self.max_bad_fraction:g} allows, for example {path}: {reason}; "
-            "check the dataset's `images` folder and files, or raise run.max_bad_fraction"
-        )
-
-
 class TrainLoader:
     """Training batches of one dataset or of a mix, each a pure function of (seed, its number, global batch
     size).
@@ -295,7 +252,7 @@ class TrainLoader:
             item: Fetched = next(fetched)
             self.data_wait_s += time.perf_counter() - start
             try:
-                self.counter.count(item)
+                self.counter.count(item.size, item.failures)
                 if item.batch is None:
                     self.counter.stop(*item.failures[-1])
             except DataError as error:
@@ -357,7 +314,7 @@ class EvalLoader:
         self.counter.restart()
         tasks = [Task(0, [0] * len(chunk), list(chunk)) for chunk in self._chunks]
         for item in DataLoader(self._reader, sampler=tasks, **self._options):
-            self.counter.count(item)
+            self.counter.count(item.size, item.failures)
             if item.batch is not None:
                 yield item.batch
         # A rank whose few rows are all bad is no fault of the dataset; the other ranks have the rest.

@@ -12,9 +12,10 @@ from torch import Tensor
 from lavis_lite.common.device import autocast
 from lavis_lite.common.errors import DataError
 from lavis_lite.common.logging import duration, get_logger
+from lavis_lite.datasets.bad_rows import ReadCounter
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.feature_store import FeatureStore
-from lavis_lite.datasets.loader import Fetched, ReadCounter, read_in_order
+from lavis_lite.datasets.loader import read_in_order
 from lavis_lite.datasets.pictures import Pictures, Viewed, ViewReader, joined_contents
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.vision.tower import VisionTower
@@ -139,7 +140,7 @@ def _fill_one(
         contents += some.contents
         problems.update({number: reason for number, _, reason in some.failures})
         failures = [(path, reason) for _, path, reason in some.failures]
-        counter.count(Fetched(None, len(some.numbers), failures))
+        counter.count(len(some.numbers), failures)
         progress.advance(len(some.numbers) + len(failures))
     store.write(shard, whole, problems, joined_contents(contents))
 

@@ -12,9 +12,9 @@ from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.sizes import show_bytes
+from lavis_lite.datasets.bad_rows import ReadCounter
 from lavis_lite.datasets.feature_store import FeatureStore, StoredViews
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
-from lavis_lite.datasets.loader import ReadCounter
 from lavis_lite.datasets.pictures import Pictures
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.runners.feature_build import Build, Encoder, fill
