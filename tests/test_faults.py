@@ -89,7 +89,6 @@ def test_killed_ranks_are_restarted_and_the_weights_are_those_of_an_undisturbed_
 @pytest.mark.parametrize(
     ("world", "lost", "named", "slow"),
     [
-        (2, [1], "rank 1 of 2", ["seconds=0.05"]),
         (4, [2, 3], "ranks 2, 3 of 4", ["seconds=0.05"]),
         # Rank 1 reads for longer than a roll call takes, and knows of nothing.
         (4, [3], "rank 3 of 4", ["seconds=1.5", "slow_rank=1"]),

@@ -100,6 +100,9 @@ def _caption_slowly(folder: Path) -> None:
 
     from lavis_lite.tasks.captioning import CaptioningTask
 
+    # A shell's background job would ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Slow(Captioner):
         def generate(self, samples: Any, **_: Any) -> list[str]:
             time.sleep(0.5)
