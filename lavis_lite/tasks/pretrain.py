@@ -135,13 +135,14 @@ class ImageTextPretrainTask(BaseTask):
         """The rankings of every form of the score: the logits are there, so that the others cost nothing."""
         text_similarity = gallery.similarity.gather(1, matches.texts)
         image_similarity = gallery.similarity.T.gather(1, matches.images)
+        truth = relevant_images(gallery.image_of_text, len(gallery.rows))
         found = {}
         for form in FORMS:
             score = functools.partial(pair_scores, form, temperature=temperature, itm_weight=self.itm_weight)
             found[form] = _rank_by_scores(
                 by_itc,
-                gallery,
                 relevant,
+                truth,
                 matches,
                 score(matches.text_logits, text_similarity),
                 score(matches.image_logits, image_similarity),
@@ -183,14 +184,13 @@ def _rank_by_similarity(gallery: Gallery, relevant: Tensor) -> _Rankings:
 
 def _rank_by_scores(
     by_itc: _Rankings,
-    gallery: Gallery,
     relevant: Tensor,
+    truth: Tensor,
     matches: Matches,
     text_scores: Tensor,
     image_scores: Tensor,
 ) -> _Rankings:
     with_text = relevant.any(dim=1)
-    truth = relevant_images(gallery.image_of_text, len(gallery.rows))
     return _Rankings(
         reranked_ranks(
             by_itc.text_ranks, relevant[with_text], matches.texts[with_text], text_scores[with_text]
