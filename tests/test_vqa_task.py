@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_report import Page
 from vqa_helpers import PROMPT, question_model
-from vqa_world import Answerer, Questions, measure
+from vqa_world import SECOND_PREDICTION, Answerer, Questions, measure
 
 from lavis_lite.common.binding import bind
 from lavis_lite.common.errors import ConfigError, DataError
@@ -104,15 +104,7 @@ def test_answers_are_on_the_disk_before_anything_is_scored(
     with pytest.raises(MemoryError):
         evaluate(Questions(3), args=args)
     predictions = json.loads((tmp_path / "run" / "predictions_test.json").read_text(encoding="utf-8"))
-    assert predictions[1] == {
-        "question_id": 1001,
-        "image": "1.jpg",
-        "question": "Question 1?",
-        "prediction": "2",
-        "answers": ["Two"] * 2 + ["3"] * 8,
-        "answer_type": "number",
-        "question_type": "what <1>",
-    }
+    assert predictions[1] == SECOND_PREDICTION
     results = json.loads((tmp_path / "run" / "results_test.json").read_text(encoding="utf-8"))
     assert results == [
         {"question_id": 1000 + row, "answer": answer}

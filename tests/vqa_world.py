@@ -21,6 +21,16 @@ from lavis_lite.tasks.base import EvalArgs
 from lavis_lite.tasks.vqa import VqaTask
 
 KINDS = ("yes/no", "number", "other")
+# What a file of predictions has of the second of `Questions`, answered by an `Answerer`.
+SECOND_PREDICTION = {
+    "question_id": 1001,
+    "image": "1.jpg",
+    "question": "Question 1?",
+    "prediction": "2",
+    "answers": ["Two"] * 2 + ["3"] * 8,
+    "answer_type": "number",
+    "question_type": "what <1>",
+}
 
 
 class Questions(Pictures):
