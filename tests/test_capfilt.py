@@ -335,6 +335,22 @@ def test_a_shard_that_cant_be_read_now_leaves_the_others_done(
     assert not list((tmp_path / "out").glob("*.failed"))
 
 
+def test_a_process_that_is_late_leaves_what_the_others_gave_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    web_shards(tmp_path / "web", 1, 3)
+    pattern = f"pipe:echo tried >>{log}; false::{tmp_path}/web/00000.tar"
+    arguments = ["--shards", pattern, *MODELS, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        capfilt(*arguments)
+    (tmp_path / "out/summary.json").unlink()  # as long as the others haven't written it
+    with pytest.raises(SystemExit):
+        capfilt(*arguments)
+    assert log.read_text().split() == ["tried"] * 3
+    with pytest.raises(SystemExit):  # now it is a call of its own
+        capfilt(*arguments)
+    assert log.read_text().split() == ["tried"] * 6
+
+
 def test_all_shards_unreadable_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shards", "pipe:false", *MODELS, "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,7 @@ from lavis_lite.capfilt.inputs import ImageFolder, Inputs, TarShards
 from lavis_lite.capfilt.output import Output, refused
 from lavis_lite.capfilt.rankers import build_ranker
 from lavis_lite.capfilt.settings import Settings, differences
-from lavis_lite.capfilt.summary import finish
+from lavis_lite.capfilt.summary import finish, given_up_before_summary
 from lavis_lite.capfilt.weights import weights_of
 from lavis_lite.capfilt.worker import Job, Stopped, Worker
 from lavis_lite.common.device import choose_device, choose_precision
@@ -116,9 +116,12 @@ def run_capfilt(settings: Settings, place: Place) -> None:
 
 
 def _try_again(job: Job) -> None:
-    """Where all else is done, what was given up is all there is to do: this is a later call, and it may be repaired."""
+    """Where all else is done, what was given up is all there is to do: this is a later call, and it may be repaired.
+
+    What was given up after the last summary is left alone: this process is only late, and the others tried just now.
+    """
     if all(map(job.output.is_over, job.names)):
-        for name in job.output.failures(job.names):
+        for name in given_up_before_summary(job.output, job.names):
             job.output.forget_failure(name)
 
 

@@ -112,6 +112,15 @@ def finish(output: Output, names: Sequence[str], claims: Claims, inputs: Inputs)
         claim.release()
 
 
+def given_up_before_summary(output: Output, names: Sequence[str]) -> list[str]:
+    """The shards that the last summary already calls unreadable."""
+    try:
+        ended = (output.folder / f"{NAME}.json").stat().st_mtime
+    except FileNotFoundError:
+        return []
+    return [name for name in output.failures(names) if output.failure_path(name).stat().st_mtime <= ended]
+
+
 def _made_before(path: Path, output: Output, names: Sequence[str]) -> Summary | None:
     """The summary that another process made of the same shards a moment ago, or this one's forerunner did."""
     try:
