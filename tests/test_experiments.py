@@ -124,3 +124,12 @@ def test_redundancy_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert different["cosine"] == pytest.approx(0) and different["effective_rank"] == pytest.approx(2)
     one_sees_more = redundancy(torch.stack([pictures, pictures.roll(1, 0)], 1))
     assert one_sees_more["effective_rank"] > 2 - 1e-6 and one_sees_more["cosine"] < 1
+
+
+def test_an_experiment_ends_as_the_command_that_failed_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    seeds = importlib.import_module("seeds")
+    seeds.call([sys.executable, "-c", ""])
+    with pytest.raises(SystemExit) as ended:
+        seeds.call([sys.executable, "-c", "raise SystemExit(3)"])
+    assert ended.value.code == 3

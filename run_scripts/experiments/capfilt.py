@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seeds import REPOSITORY, spread, surroundings, train
+from seeds import REPOSITORY, call, spread, surroundings, train
 
 from lavis_lite.common.io import atomic_write
 from lavis_lite.worlds.shapes.caption_task import Objects, object_shares
@@ -113,7 +112,7 @@ def filter_captions(noisy: Noisy, seed: int, args: argparse.Namespace) -> list[d
     command += ["--captioner", args.captioner.format(seed=seed), "--ranker", args.ranker.format(seed=seed)]
     command += ["--rank-by", args.rank_by, "--seed", str(seed), "--max-length", "30", "--shard-size", "100"]
     command += ["--num-captions", str(args.num_captions), "--keep", str(args.num_captions + 1)]
-    subprocess.run([*command, "--batch-size", "50"], check=True, cwd=REPOSITORY)
+    call([*command, "--batch-size", "50"])
     return [json.loads(line) for line in (out / "annotations.jsonl").read_text().splitlines()]
 
 

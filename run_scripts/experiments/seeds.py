@@ -52,7 +52,17 @@ def train(cfg_path: str, seed: int, folder: Path, options: list[str]) -> dict[st
 def run(script: str, cfg_path: str, folder: Path, options: Sequence[str]) -> None:
     """Run train.py or evaluate.py; it resumes, or returns at once, where it has been before."""
     command = [sys.executable, str(REPOSITORY / script), "--cfg-path", cfg_path, "--options"]
-    subprocess.run([*command, *options, f"run.output_dir={folder}"], check=True)
+    call([*command, *options, f"run.output_dir={folder}"])
+
+
+def call(command: Sequence[str]) -> None:
+    """Run a command; where it fails, or Ctrl-C ends both, its own last line has said why, and this ends as it does."""
+    try:
+        code = subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
