@@ -187,7 +187,7 @@ def test_retrieval_evaluations_ask_and_expect_what_was_published(name: str) -> N
         metric: pytest.approx(value / 100) for metric, value in zip(recalls, TABLE_5[name], strict=True)
     }
     # The published scores: logit of a match + cosine, texts of at most 35 tokens.
-    assert config.task == {"name": "retrieval", "k_test": 128, "rerank": "lavis"}
+    assert config.task == {"name": "retrieval", "k_test": 128, "rerank": "lavis", "loss_batches": 0}
     assert config.model["max_txt_len"] == 35
     assert list(config.datasets) == [data] and config.run.test_splits == ("test",)
     encoder = config.model["vision_encoder"]

@@ -9,15 +9,19 @@ import pytest
 import torch
 from stage1_helpers import enlarge_weights, tiny_config, write_tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.tasks import rerank
 from lavis_lite.tasks.base import EvalArgs
 from lavis_lite.tasks.feature_spool import FeatureSpool
 from lavis_lite.tasks.gallery import Gallery
+from lavis_lite.tasks.heldout import evaluating
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.rerank import match_candidates
 from tests.retrieval_world import WORDS, Matcher, Pictures
+
+PROJECTED = 12  # numbers that `Matcher` projects an image to
 
 
 def gallery_of(embeds: Tensor, tokens: object, texts: list[str], similarity: Tensor) -> Gallery:
@@ -53,7 +57,7 @@ def test_candidates_score_as_pairs_one_by_one(
     ]
     images = torch.randn(5, 3, 16, 16, generator=draw)
     embeds = model.encode_image(images)
-    monkeypatch.setattr(rerank, "IMAGE_BLOCK", embeds[0].numel() * images_a_block)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", model.project_image(embeds[:1]).numel() * images_a_block)
     monkeypatch.setattr(rerank, "TEXT_BLOCK", 6)
     monkeypatch.setattr(rerank, "MAX_PAIRS", 4)
     similarity = torch.randn(5, 17, generator=draw)
@@ -87,10 +91,10 @@ def test_images_that_share_their_texts_share_a_block(monkeypatch: pytest.MonkeyP
     model = Matcher()
     gallery = gallery_of(embeds, model.tokenize(texts), texts, similarity)
     with torch.inference_mode():
-        monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * each)
+        monkeypatch.setattr(rerank, "IMAGE_BLOCK", PROJECTED * each)
         together = match_candidates(model, gallery, 5, EvalArgs())
         assert model.texts_projected == len(texts)
-        monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48)
+        monkeypatch.setattr(rerank, "IMAGE_BLOCK", PROJECTED)
         alone = match_candidates(model, gallery, 5, EvalArgs())
     torch.testing.assert_close(together.text_logits, alone.text_logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(together.image_logits, alone.image_logits, rtol=0, atol=1e-6)
@@ -115,9 +119,10 @@ def evaluated(model: Matcher, folder: Path, *, data: Pictures | None = None, k: 
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
-    """An evaluation of six blocks was ended in its last batch; how many pairs it takes as a whole."""
-    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    """An evaluation was ended in its last batch; how many pairs it takes as a whole."""
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", PROJECTED * 4)
     monkeypatch.setattr(rerank, "MAX_PAIRS", 8)
+    monkeypatch.setattr(rerank, "KEPT_PAIRS", 20)
     whole = Matcher()
     evaluated(whole, tmp_path / "whole")
     assert not (tmp_path / "whole" / "rerank_test").exists()
@@ -125,7 +130,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
     model.ends_at = whole.pairs_seen
     with pytest.raises(KeyboardInterrupt):
         evaluated(model, tmp_path)
-    assert len(list((tmp_path / "rerank_test").iterdir())) == 5
+    assert len(list((tmp_path / "rerank_test").iterdir())) > 5
     return whole.pairs_seen
 
 
@@ -142,7 +147,9 @@ def test_fewer_candidates_use_what_is_there(ended: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["head", "picture", "caption"])
-def test_another_model_or_other_data_start_anew(ended: int, tmp_path: Path, changed: str) -> None:
+def test_another_model_or_other_data_start_anew(
+    ended: int, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, data = Matcher(), Pictures()
     if changed == "head":
         with torch.no_grad():
@@ -153,15 +160,54 @@ def test_another_model_or_other_data_start_anew(ended: int, tmp_path: Path, chan
         data.texts[3][0] += " w1"
     evaluated(model, tmp_path, data=data)
     assert model.pairs_seen > ended / 2
+    assert "rerank_test aren't used: they are of other weights, texts, " in capsys.readouterr().err
 
 
-def test_a_full_disk_does_not_end_the_evaluation(
+def test_a_disk_that_fills_up_does_not_end_the_evaluation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    """After some of the scores: they are removed in the end as always."""
+    written = 0
 
-    monkeypatch.setattr("lavis_lite.tasks.rerank_journal.atomic_write", full)
-    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    def filling(path: Path, content: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr("lavis_lite.tasks.rerank_journal.atomic_write", filling)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", PROJECTED * 4)
+    monkeypatch.setattr(rerank, "MAX_PAIRS", 8)
+    monkeypatch.setattr(rerank, "KEPT_PAIRS", 20)
     assert evaluated(Matcher(), tmp_path)["num_images"] == 23
     assert capsys.readouterr().err.count("scores are not kept while they are made: [Errno 28]") == 1
+    assert written == 3 and not (tmp_path / "rerank_test").exists()
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often a weight is converted to bf16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.count = weight, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.weight.data_ptr():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_converted_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerank, "MAX_PAIRS", 8)
+    draw = torch.Generator().manual_seed(0)
+    model, texts = Matcher(), WORDS[:20]
+    gallery = gallery_of(
+        torch.randn(6, 4, 12, generator=draw),
+        model.tokenize(texts),
+        texts,
+        torch.randn(6, 20, generator=draw),
+    )
+    with evaluating(model), Conversions(model.match.weight) as conversions:
+        match_candidates(model, gallery, 5, EvalArgs(precision="bf16"))
+    assert model.pairs_seen > 3 * 8 and conversions.count == 1

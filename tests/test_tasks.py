@@ -95,7 +95,7 @@ def test_blocks_of_images_texts_and_pairs_change_nothing(
     first = Matcher()
     whole = evaluate(Pictures(), first, k_test=5).metrics
     assert first.texts_projected == whole["num_texts"]
-    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * images)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 12 * images)
     monkeypatch.setattr(rerank, "TEXT_BLOCK", texts)
     monkeypatch.setattr(rerank, "MAX_PAIRS", pairs)
     monkeypatch.setattr(feature_spool, "MEMORY_LIMIT", 0)
@@ -106,7 +106,7 @@ def test_blocks_of_images_texts_and_pairs_change_nothing(
 
 def test_what_was_projected_is_gone_before_the_next_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of a block of images are hundreds of megabytes."""
-    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 48 * 4)
+    monkeypatch.setattr(rerank, "IMAGE_BLOCK", 12 * 4)
     monkeypatch.setattr(rerank, "TEXT_BLOCK", 5)
 
     class Watched(Matcher):
@@ -132,7 +132,7 @@ def test_what_was_projected_is_gone_before_the_next_is(monkeypatch: pytest.Monke
 
     model = Watched()
     evaluate(Pictures(), model, loss_batches=0)
-    assert len(model.images) == 2 * 6 and len(model.starts) > 6
+    assert len(model.images) == 2 * 7 and len(model.starts) > 6
 
 
 def test_result_depends_neither_on_batch_size_nor_on_what_was_drawn_before() -> None:

@@ -31,6 +31,10 @@ class ImageKV:
     def __len__(self) -> int:
         return next(kv[0].shape[0] for kv in self.layers if kv is not None)
 
+    def numel(self) -> int:
+        """Numbers held."""
+        return sum(keys.numel() + values.numel() for keys, values in filter(None, self.layers))
+
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> ImageKV:
         """The chosen images, in that order, repeated where an index is."""
         return ImageKV(tuple(kv and (take_rows(kv[0], rows), take_rows(kv[1], rows)) for kv in self.layers))

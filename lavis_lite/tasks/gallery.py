@@ -31,7 +31,7 @@ class MatchingModel(Protocol):
         """[B, 3, H, W] -> [B, P, D]."""
 
     def project_image(self, image_embeds: Tensor) -> Any:
-        """What matching reads of an image, computed once; indexed by rows."""
+        """What matching reads of an image, computed once; indexed by rows, with `numel()` numbers in all."""
 
     def query_features(self, images: Tensor) -> Tensor:
         """Features [B, P, D] -> [B, Q, E], normalised."""

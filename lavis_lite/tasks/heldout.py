@@ -104,7 +104,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(devices), torch.inference_mode():
+        with torch.random.fork_rng(devices), torch.no_grad():
+            # Not inference_mode, in which autocast converts every weight again at every use.
             yield
     finally:
         model.train(was_training)

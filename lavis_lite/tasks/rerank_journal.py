@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 class PairJournal:
-    """One rank's scores, a file for each block of images, in the folder `rerank_<label>` of an evaluation.
+    """One rank's scores, some thousands in a file, in the folder `rerank_<label>` of an evaluation.
 
     The files' names tell what was evaluated: weights, texts, every cosine of ITC, precision and number of processes. An
     evaluation that differs in any of them doesn't read them. Without a folder nothing is kept.
@@ -31,22 +31,31 @@ class PairJournal:
 
     def __init__(self, model: Any, gallery: Gallery, loader_args: Any) -> None:
         self.folder: Path | None = None
+        self._writable = True
         if loader_args.folder is not None and hasattr(model, "state_dict"):
             self.folder = loader_args.folder / f"rerank_{loader_args.label}"
-            self._start = f"{_evaluated(model, gallery, loader_args)}_{dist.rank()}_"
+            self._evaluated = _evaluated(model, gallery, loader_args)
+            self._start = f"{self._evaluated}_{dist.rank()}_"
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Keys int64[pairs] and logits float[pairs, 2] of the pairs that an earlier try has scored."""
         keys, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
-        for file in sorted(self.folder.glob(f"{self._start}*.npz")) if self.folder else []:
+        files = sorted(self.folder.glob("*.npz")) if self.folder else []
+        for file in (file for file in files if file.name.startswith(self._start)):
             with np.load(file) as arrays:
                 keys.append(torch.from_numpy(arrays["keys"]))
                 logits.append(torch.from_numpy(arrays["logits"]))
+        if dist.is_main() and files and not any(file.name.startswith(self._evaluated) for file in files):
+            logger.warning(
+                "the scores in %s aren't used: they are of other weights, texts, precision or number of processes, or "
+                "cosines that other batches, threads or hardware rounded differently",
+                self.folder,
+            )
         return torch.cat(keys), torch.cat(logits)
 
     def add(self, keys: Tensor, logits: Tensor) -> None:
         """Keep a block's scores. A disk that takes no more is told once, and doesn't end the evaluation."""
-        if self.folder is None or not len(keys):
+        if self.folder is None or not self._writable or not len(keys):
             return
         content = io.BytesIO()
         np.savez(content, keys=keys.numpy(), logits=logits.numpy())
@@ -55,7 +64,7 @@ class PairJournal:
             atomic_write(self.folder / f"{self._start}{int(keys[0])}.npz", content.getvalue())
         except OSError as error:
             logger.warning("scores are not kept while they are made: %s", error)
-            self.folder = None
+            self._writable = False
 
     def remove(self) -> None:
         """Remove the files of all ranks, and those of other evaluations of that label; once all ranks have scored."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from lavis_lite.tasks.rerank import FORMS
 
 RECALLS = ("tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10")
+MEAN_RANKS = ("tr_mean_rank", "ir_mean_rank")
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -22,12 +23,17 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def retrieval_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of recalls before and after re-ranking, in each form, and by chance; '-' where not measured."""
-    header = ["retrieval", *(name.upper().replace("_R", "@") for name in RECALLS)]
+    """Header and rows of recalls and mean ranks before and after re-ranking, in each form, and by chance; '-' where not
+    measured."""
+    header = ["retrieval", *(name.upper().replace("_R", "@") for name in RECALLS), "TR rank", "IR rank"]
     forms = {f"rerank_{form}/": f"  as form {form}" for form in FORMS}
     names = {"itc/": "by ITC", "rerank/": "re-ranked by ITM", **forms, "chance_": "chance"}
     rows = [
-        [label, *(_recall(metrics.get(prefix + name)) for name in RECALLS)]
+        [
+            label,
+            *(_number(metrics.get(prefix + name), 3) for name in RECALLS),
+            *(_number(metrics.get(prefix + name), 1) for name in MEAN_RANKS),
+        ]
         for prefix, label in names.items()
         if any(prefix + name in metrics for name in RECALLS)
     ]
@@ -61,5 +67,5 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _recall(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
