@@ -1,13 +1,15 @@
 """Images/s and peak memory of a stage against batch size, precision, strategy and processes; FLOP/s and their ceiling.
 
     python benchmarks/scaling.py --batch-sizes 16 64 --precisions fp32 bf16 --world-sizes 1 2 4 \\
-        [--strategies ddp fsdp2 fairscale] [--device cuda] [--compile] [--json result.json] [--picture scaling.png]
+        [--strategies ddp fsdp2 fairscale] [--device cuda] [--compile] [--profile] \\
+        [--json result.json] [--picture scaling.png]
 
 Every case is a run of its own of the project file (`--cfg-path`, by default the embedded stage 1), its weights drawn at
 random, its batches random pictures with texts of full length. Several processes run each of the strategies, batch sizes
 being per process. A step is forward, backward and AdamW; the median of `--steps` after two to warm up. FLOP are counted
 by torch (`torch.utils.flop_counter`: matrix products, convolutions, attention; both passes), the ceiling is the
-best of three sizes of square matrix products in the same precision on the same number of threads. Processes share the
+best of three sizes of square matrix products in the same precision on the same number of threads. `--profile` shows
+what each case spends most time in: the share of the time in operators (kernels on a GPU) of a step. Processes share the
 machine: where there are not as many cores as they need, more of them show what exchanging costs and nothing else.
 """
 
@@ -20,13 +22,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import count_flop, run_processes, show, surroundings
+from torch.profiler import ProfilerActivity, profile
 
 from lavis_lite.common import dist
 from lavis_lite.common.config import load_config
@@ -57,7 +60,7 @@ def build(cfg_path: str, options: Sequence[str], device: torch.device) -> Shape:
 def ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of the best of three sizes of square matrix products."""
     best = 0.0
-    for size in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
         seconds = []
         for _ in range(3):
@@ -73,6 +76,21 @@ def ceiling(device: torch.device, precision: str) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def largest_items(step: Callable[[], None], device: torch.device, number: int = 3) -> list[tuple[str, float]]:
+    """The operators, or kernels on a GPU, in which a step spends most time, with their shares of it."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        step()
+    times = {
+        item.key: item.self_device_time_total if on_gpu else item.self_cpu_time_total
+        for item in profiler.key_averages()
+    }
+    total = sum(times.values())
+    ordered = sorted(times.items(), key=lambda entry: -entry[1])
+    return [(name, spent / total) for name, spent in ordered[:number]]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +131,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda"
         else resident_bytes(peak=True),
     }
+    if args.profile:
+        result["largest_items"] = largest_items(step, device)
     if dist.is_main():
         result["ceiling"] = ceiling(device, precision)
     dist.barrier()
@@ -127,7 +147,8 @@ def run_case(
     command = [sys.executable, __file__, "--worker", "--batch-sizes", str(batch), "--precisions", precision]
     command += ["--strategies", strategy]
     command += ["--cfg-path", args.cfg_path, "--device", args.device, "--steps", str(args.steps)]
-    command += ["--compile"] * args.compile + (["--options", *args.options] if args.options else [])
+    command += ["--compile"] * args.compile + ["--profile"] * args.profile
+    command += ["--options", *args.options] if args.options else []
     parts = run_processes(command, world_size)
     seconds = max(part["seconds"] for part in parts)
     flop, top = parts[0]["flop"], parts[0]["ceiling"]
@@ -144,6 +165,8 @@ def run_case(
     }
     if flop:
         case |= {"gflop_per_s": flop / seconds / 1e9, "of_ceiling": flop / seconds / top}
+    if args.profile:
+        case["largest_items"] = parts[0]["largest_items"]
     return case
 
 
@@ -205,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="run.compile; FLOP are then not counted")
+    parser.add_argument("--profile", action="store_true", help="what each case spends most time in")
     parser.add_argument("--json", type=Path, help="write the result there, too")
     parser.add_argument("--picture", type=Path, help="draw the result there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -221,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case = run_case(args, batch, precision, world_size, strategy)
             result["cases"].append(case)
             print(_row(case), flush=True)
+            if args.profile:
+                items = ", ".join(f"{name} {share:.0%}" for name, share in case["largest_items"])
+                print(f"{'':10}{items}", flush=True)
     show(result, args.json)
     if args.picture:
         draw(result["cases"], args.picture)

@@ -82,7 +82,9 @@ def run_processes(command: Sequence[str], world_size: int) -> list[Any]:
 
 def surroundings() -> dict[str, Any]:
     """What figures depend on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,

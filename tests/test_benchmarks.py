@@ -111,10 +111,12 @@ def test_scaling_is_measured_for_every_strategy(monkeypatch: pytest.MonkeyPatch,
     result, picture = tmp_path / "result.json", tmp_path / "picture.svg"
     sizes = ["--batch-sizes", "2", "--precisions", "fp32", "--world-sizes", "1", "2", "--steps", "1"]
     where = ["--json", str(result), "--picture", str(picture)]
-    importlib.import_module("scaling").main([*sizes, "--strategies", "fsdp2", *where])
+    importlib.import_module("scaling").main([*sizes, "--strategies", "fsdp2", "--profile", *where])
     cases = json.loads(result.read_text())["cases"]
     assert [case["strategy"] for case in cases] == ["single", "fsdp2"]
     assert all(0 < case["of_ceiling"] < 1.5 and case["images_per_s"] > 0 for case in cases)
+    for case in cases:
+        assert [0 < share < 1 for _, share in case["largest_items"]] == [True] * 3
     # The other process's pictures and texts are compared with, and drawn as negatives, too.
     assert cases[0]["gflop_a_process"] < cases[1]["gflop_a_process"]
     assert "<svg" in picture.read_text()
