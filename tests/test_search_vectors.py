@@ -140,7 +140,9 @@ def test_an_approximate_index_is_tuned_to_its_target(kind: str, tmp_path: Path) 
     asked = draw_queries(store, 20, seed=5)
     before = recall(index, store, images, asked)
     tuned = tune(index, store, draw_queries(store, 40), target=0.99)
-    assert tuned >= 0.99 and recall(index, store, images, asked) >= 0.97 > before
+    assert tuned >= 0.99 and recall(index, store, images, asked) >= 0.97
+    # Without cells what is fetched until there are 100 images is enough here.
+    assert before < 0.97 or kind == "hnsw"
     scores, rows = index.search(store, asked[:3], 10)
     exact, _ = search_exactly(asked[:3], store.blocks(), store.alive, 10)
     assert rows.shape == (3, 10) and torch.allclose(scores[:, 0], exact[:, 0], atol=1e-6)  # exact scores
@@ -218,6 +220,25 @@ def test_many_deleted_images_near_a_query_do_not_hide_the_living(tmp_path: Path)
     assert len(set(found)) == 20 and -1 not in found and not set(found) & set(nearest)
     index.setting = Setting(nprobe=16, oversample=1)
     assert index.search(store, query[None], 20)[1][0].tolist() == brute(images, query, store.alive, 20)
+
+
+@pytest.mark.parametrize("kind", ["IVF32,Flat", "IVF32,PQ8x4fs"])
+@pytest.mark.parametrize("vectors", [1, 32])
+def test_images_whose_vectors_are_alike_leave_no_place_empty(kind: str, vectors: int, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    images = normalize(draw_vectors(500, 1, 16) + 0.02 * draw_vectors(500, 32, 16, seed=1), dim=-1)
+    store = make_store(tmp_path, images)
+    index = CandidateIndex.train(store, kind)
+    index.setting = Setting(nprobe=16, oversample=4)
+    queries = draw_vectors(3, 1, 16, seed=2).expand(-1, vectors, -1)
+    for top, living in ((100, 500), (100, 60)):
+        store.alive[living:] = False
+        scores, rows = index.search(store, queries, top)
+        wanted = min(top, living)
+        assert rows[:, :wanted].min() >= 0 and rows[:, wanted:].eq(-1).all()
+        for found in rows[:, :wanted]:
+            assert len(found.unique()) == wanted
+        assert (scores[:, : wanted - 1] >= scores[:, 1:wanted]).all()
 
 
 def test_asking_for_more_than_there_is(tmp_path: Path) -> None:

@@ -153,11 +153,12 @@ class CandidateIndex:
             rows = torch.from_numpy(near[near >= 0] // store.manifest.queries)
             alive = store.alive[rows]
             found = rows[alive].unique()
-            full = len(rows) == near.size
-            # Deleted images take places of living ones, and the cells looked into may hold too few.
-            if full and int(alive.sum()) < wanted * len(vectors) and fetched < self.index.ntotal:
+            full, short = len(rows) == near.size, len(found) < min(top, living)
+            # Deleted images take places of living ones, vectors may be of few images, and cells may hold too few.
+            few = short or int(alive.sum()) < wanted * len(vectors)
+            if full and few and fetched < self.index.ntotal:
                 fetched = min(2 * fetched, self.index.ntotal)
-            elif not full and len(found) < min(top, living) and nprobe < self.most_cells:
+            elif not full and short and nprobe < self.most_cells:
                 nprobe = min(2 * nprobe, self.most_cells)
             else:
                 return found
