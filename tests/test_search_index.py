@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import warnings_logged
@@ -31,7 +33,7 @@ from lavis_lite.search import (
     open_index,
 )
 from lavis_lite.search.build import locked
-from lavis_lite.search.manifest import load_manifest
+from lavis_lite.search.manifest import FileSum, load_manifest
 from lavis_lite.search.sources import short_name
 
 TESTS = Path(__file__).resolve().parent
@@ -309,6 +311,30 @@ def test_corruption_is_one_clear_line(file: str, damage: str, tmp_path: Path) ->
         with pytest.raises(DataError, match=said) as caught:
             opened(tmp_path / "idx")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [open_index, check_index])
+@pytest.mark.parametrize("times", [2, 3])
+def test_an_index_that_changes_while_it_is_read_is_not_corrupt(
+    times: int, read: Callable[[Path], Any], built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, left = FileSum.check, iter([f"{number:03}.png" for number in range(times)])
+
+    def slow(file: FileSum, root: Path, *, content: bool) -> None:
+        """Another process has deleted a picture and compacted before the first file is looked at."""
+        name = next(left, None) if file.path.endswith("vectors.bin") else None
+        if name:
+            delete_images(root, [name])
+            compact_index(root)
+        check(file, root, content=content)
+
+    monkeypatch.setattr(FileSum, "check", slow)
+    if times == 3:
+        with pytest.raises(DataError, match="was replaced 3 times while it was read; try again"):
+            read(built)
+    else:
+        found = read(built)
+        assert getattr(found, "manifest", found).images == 10
 
 
 def test_another_model_is_refused(built: Path, tmp_path: Path) -> None:

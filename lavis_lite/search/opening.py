@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,8 +16,10 @@ from lavis_lite.search.manifest import VECTORS, Manifest, load_manifest
 from lavis_lite.search.scoring import search_exactly
 from lavis_lite.search.store import Store
 
-# A writer may replace an index between our reading its manifest and opening the files that this names.
+# A writer may replace an index between our reading its manifest and opening or checking the files that this names.
 ATTEMPTS = 3
+
+T = TypeVar("T")
 
 
 class ImageIndex:
@@ -55,23 +59,33 @@ class ImageIndex:
 def open_index(path: str | os.PathLike[str]) -> ImageIndex:
     """Open an index for search; raises DataError when there is none or one of its files is corrupt."""
     root = Path(path)
-    for attempt in range(ATTEMPTS):
-        manifest = load_manifest(root)
-        try:
-            return ImageIndex(root, manifest)
-        except (DataError, FileNotFoundError):
-            if attempt == ATTEMPTS - 1 or load_manifest(root) == manifest:
-                raise
-    raise AssertionError("unreachable")
+    return _as_it_is(root, lambda manifest: ImageIndex(root, manifest))
 
 
 def check_index(path: str | os.PathLike[str]) -> Manifest:
     """Compare every file with its checksum; the manifest. Raises DataError naming the first that differs."""
     root = Path(path)
-    manifest = load_manifest(root)
-    for file in manifest.files():
-        file.check(root, content=True)
-    return manifest
+
+    def check(manifest: Manifest) -> Manifest:
+        for file in manifest.files():
+            file.check(root, content=True)
+        return manifest
+
+    return _as_it_is(root, check)
+
+
+def _as_it_is(root: Path, read: Callable[[Manifest], T]) -> T:
+    """What `read` makes of the index; again where its files are gone because another process has replaced it."""
+    for _ in range(ATTEMPTS):
+        manifest = load_manifest(root)
+        try:
+            return read(manifest)
+        except (DataError, FileNotFoundError):
+            if load_manifest(root) == manifest:
+                raise
+    raise DataError(
+        f"'{root}' was replaced {ATTEMPTS} times while it was read; try again when no process changes it"
+    )
 
 
 def check_same_model(root: Path, manifest: Manifest, encoder: Encoder) -> None:
