@@ -111,6 +111,8 @@ def test_vectors_in_fp16_are_as_near_as_fp16_is(tmp_path: Path) -> None:
         ("auto", 1_000_000, 256, None),
         ("flat", 10**9, 256, None),
         ("auto", 1_000_001, 256, "IVF4096,PQ128x4fs"),
+        ("auto", 2**25, 256, "IVF16384,PQ128x4fs"),
+        ("auto", 2**25 + 1, 256, "IVF32768_HNSW32,PQ128x4fs"),
         ("auto", 100_000_000, 256, "IVF32768_HNSW32,PQ128x4fs"),
         ("ivfpq", 10_000, 15, "IVF512,PQ15x4fs"),
         ("hnsw", 10_000, 64, "HNSW32_SQ8"),

@@ -31,7 +31,8 @@ logger = get_logger(__name__)
 
 # Up to so many vectors everything is compared with everything.
 EXACT_VECTORS = 1_000_000
-# From so many cells on, the nearest ones are found through a graph (HNSW) instead of by comparing with all.
+# Above so many cells, which is above 2^25 vectors, the nearest ones are found through a graph (HNSW) instead of by
+# comparing with all.
 GRAPH_CELLS = 16_384
 POINTS_PER_CELL = 64
 # An index with fewer cells is trained as if it had so many; one without cells, by the second number.
