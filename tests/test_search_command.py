@@ -106,6 +106,17 @@ def test_check_tells_what_is_there(place: Path, capsys: pytest.CaptureFixture[st
         ("build --images nowhere --out new --model blip2/shapes", 1, "no such folder or tar file"),
         ("build --images PICTURES --out new --model blip2", 2, "give a name and a type"),
         ("build --images PICTURES --out IDX --model blip2/shapes", 1, "there is an index at"),
+        *(
+            (f"build --images PICTURES --out new --model blip2/shapes {option}", 2, message)
+            for option, message in (
+                ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+                ("--num-workers -1", "--num-workers must be at least 0, got -1"),
+                ("--recall 99", "--recall must be above 0 and at most 1, got 99.0"),
+                ("--recall 0", "--recall must be above 0 and at most 1, got 0.0"),
+                ("--recall nan", "--recall must be above 0 and at most 1, got nan"),
+            )
+        ),
+        ("add IDX --images PICTURES --batch-size 0", 2, "--batch-size must be at least 1, got 0"),
         ("delete IDX nothing.png", 2, "'nothing.png' fits no image"),
     ],
 )

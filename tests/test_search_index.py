@@ -389,6 +389,11 @@ def test_a_wrong_kind_is_said_before_anything_is_encoded(built: Path, tmp_path: 
     assert not (built / "building").exists()
 
 
+def test_an_unknown_type_of_stored_numbers_is_a_line() -> None:
+    with pytest.raises(ConfigError, match="--dtype must be one of fp16, fp32, got fp8"):
+        BuildOptions(dtype="fp8")
+
+
 def test_a_file_can_not_be_an_index(tmp_path: Path) -> None:
     save_pictures(tmp_path / "pictures", 1)
     (tmp_path / "file").touch()

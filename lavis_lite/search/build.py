@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from lavis_lite.common import locks
-from lavis_lite.common.errors import DataError, InputError
+from lavis_lite.common.errors import ConfigError, DataError, InputError
 from lavis_lite.common.io import atomic_file, remove_leftovers
 from lavis_lite.common.logging import get_logger
 from lavis_lite.search import candidates
@@ -46,7 +46,10 @@ class BuildOptions:
 
     kind: auto (by the number of vectors), flat, ivfpq, hnsw or a faiss factory string. dtype: fp16 or fp32, of the
     stored vectors. target: recall of the exact first 100 that an approximate index is tuned to. texts: for measuring
-    it; without, stored vectors are moved. batch_size, num_workers: of reading and encoding pictures.
+    it; without, stored vectors are moved. batch_size, num_workers: of reading and encoding pictures. What is added to
+    an index has its kind, dtype and target.
+
+    Raises ConfigError, by the options of `lavis-lite index`.
     """
 
     kind: str = "auto"
@@ -55,6 +58,18 @@ class BuildOptions:
     texts: tuple[str, ...] = ()
     batch_size: int = 32
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if not 0 < self.target <= 1:
+            raise ConfigError(f"--recall must be above 0 and at most 1, got {self.target}")
+        for option, value, least in (
+            ("--batch-size", self.batch_size, 1),
+            ("--num-workers", self.num_workers, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{option} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,6 @@ def add_images(
     root = Path(out)
     with changing(root) as manifest:
         check_same_model(root, manifest, encoder)
-        options = replace(
-            options or BuildOptions(), kind=manifest.kind, dtype=manifest.dtype, target=manifest.target
-        )
         held = {name for _, name in Store(root, manifest).names()}
         names = [name for name in list_pictures(images) if name not in held]
         if not names:
@@ -137,7 +149,14 @@ def add_images(
         vectors = (manifest.images + len(names)) * manifest.queries
         candidates.check_kind(manifest.kind, vectors, manifest.width)
         return _extend(
-            root, manifest, names, encoder, options, old=manifest, what="add", source=_absolute(images)
+            root,
+            manifest,
+            names,
+            encoder,
+            options or BuildOptions(),
+            old=manifest,
+            what="add",
+            source=_absolute(images),
         )
 
 
@@ -178,9 +197,7 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
         names = [name for _, name in store.names()]
         part = write_part(root, names, lambda target: _write_living(store, target))
         manifest = replace(manifest, parts=(part,), deleted=None, num_deleted=0, candidates=None)
-        manifest = _with_candidates(
-            root, manifest, BuildOptions(kind=manifest.kind, target=manifest.target), None
-        )
+        manifest = _with_candidates(root, manifest, None)
         manifest.save(root)
         _clean(root, manifest)
         return Summary.of(manifest, before - len(names))
@@ -245,7 +262,7 @@ def _extend(
         part = journal.finish()
     manifest = replace(manifest, parts=(*manifest.parts, part))
     texts = encoder.encode_texts(options.texts) if options.texts else None
-    manifest = _with_candidates(root, manifest, options, texts)
+    manifest = _with_candidates(root, manifest, texts)
     manifest.save(root)
     journal.remove()
     _clean(root, manifest)
@@ -263,7 +280,7 @@ def _without_new_pictures(root: Path, manifest: Manifest, journal: Journal, spee
     return Summary.of(manifest, 0, unreadable=len(journal.unreadable), speed=speed)
 
 
-def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, texts: Tensor | None) -> Manifest:
+def _with_candidates(root: Path, manifest: Manifest, texts: Tensor | None) -> Manifest:
     """The manifest with an approximate index over all its vectors, if it is to have one.
 
     An index that exists is added to, unless there are more than twice the images that it was trained on.
@@ -280,15 +297,15 @@ def _with_candidates(root: Path, manifest: Manifest, options: BuildOptions, text
         logger.info("training the index %s on %d vectors", factory, len(store) * manifest.queries)
         index = CandidateIndex.train(store, factory)
     queries = texts if texts is not None else candidates.draw_queries(store)
-    recall = candidates.tune(index, store, queries, target=options.target)
+    recall = candidates.tune(index, store, queries, target=manifest.target)
     picture_recall = candidates.measure_recall(index, store, candidates.draw_pictures(store))
     for found, kind in ((recall, "a text's"), (picture_recall, "a picture's")):
-        if found < options.target:
+        if found < manifest.target:
             logger.warning(
                 "the index finds %.4f of %s exact first 100, not %s; `index search --exact` and --kind flat are exact",
                 found,
                 kind,
-                options.target,
+                manifest.target,
             )
     path = f"candidates-{fresh_name()}.faiss"
     with atomic_file(root / path) as temporary:
