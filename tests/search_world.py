@@ -38,7 +38,7 @@ class Colours(nn.Module):
         self.vision_proj = nn.Linear(3, WIDTH)
         self.temp = nn.Parameter(torch.tensor(0.1))
         self.table = nn.Parameter(torch.randn(3, QUERIES * WIDTH, generator=draw))
-        self.images_seen = 0
+        self.images_seen = self.texts_seen = 0
 
     @property
     def device(self) -> torch.device:
@@ -55,14 +55,19 @@ class Colours(nn.Module):
         return normalize((embeds[:, 0] @ self.table).unflatten(1, (QUERIES, WIDTH)), dim=-1)
 
     def tokenize(self, texts: list[str]) -> Tokens:
+        self.texts_seen += len(texts)
         return Tokens(texts)
 
     def text_features(self, tokens: Tokens) -> Tensor:
         pixels = torch.tensor([[float(part) for part in text.split()] for text in tokens]) / 255
         return normalize((pixels @ self.table).unflatten(1, (QUERIES, WIDTH))[:, 1], dim=-1)
 
-    def match_logits(self, image_kv: Tensor, tokens: Tokens) -> Tensor:
+    def project_text(self, tokens: Tokens) -> Tensor:
+        return torch.zeros(len(tokens))
+
+    def match_logits(self, image_kv: Tensor, texts: Tensor) -> Tensor:
         """The less blue, the better it matches."""
+        assert len(texts) == len(image_kv)
         return torch.stack([torch.zeros(len(image_kv)), 5 - 9 * image_kv[:, 2]], 1)
 
 

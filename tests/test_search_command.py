@@ -55,6 +55,20 @@ def test_search_finds_what_the_model_itself_says(place: Path, capsys: pytest.Cap
     assert by_path[found["results"][0]["image"]] == pytest.approx(best, abs=0.02)
 
 
+def test_matching_is_the_models_own(place: Path) -> None:
+    encoder = load_encoder(
+        ModelChoice("blip2/shapes", str(place / "model.safetensors")), device="cpu", precision="fp32"
+    )
+    images = torch.stack([encoder.processor(read_image(path)) for path in (place / "pictures").glob("*.png")])
+    text = "a red circle and a large blue triangle"
+    with torch.no_grad():
+        tokens = encoder.model.tokenize([encoder.clean(text)] * len(images))
+        expected = encoder.model.match_logits(encoder.model.encode_image(images), tokens)
+    torch.testing.assert_close(
+        encoder.match(images, encoder.project_text(text)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_contact_sheet_is_one_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = place / "sheet.html"
     text = "a <b>red</b> circle"

@@ -12,6 +12,7 @@ from search_world import colour_encoder, save_pictures
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.search import Searcher, build_index, open_index
+from lavis_lite.search import searcher as module
 from lavis_lite.search.present import as_json, as_table
 
 
@@ -38,6 +39,14 @@ def test_rerank_orders_by_matching_and_keeps_what_cannot_be_read(built: Path, tm
     assert all(hit.itm is not None and 0 <= hit.itm <= 1 for hit in total)
     logit = 5 - 9 * with_blue[total[0].image] / 255
     assert total[0].reranked == pytest.approx(logit + total[0].score / 0.1, abs=1e-4)
+
+
+def test_the_text_is_read_once_for_all_pictures(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_SIZE", 5)
+    encoder = colour_encoder()
+    found = Searcher(open_index(built), encoder).search("120 9 99", top=12, rerank="itm")
+    assert all(hit.itm is not None for hit in found)
+    assert (encoder.model.images_seen, encoder.model.texts_seen) == (12, 2)  # once by ITC, once by matching
 
 
 def test_a_score_is_a_cosine_and_what_is_re_ranked_says_so(built: Path) -> None:

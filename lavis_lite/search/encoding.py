@@ -25,7 +25,7 @@ from lavis_lite.common.model_recipe import enclosing_run, is_run, model_recipe, 
 
 logger = get_logger(__name__)
 
-NEEDED = ("query_features", "text_features", "match_logits", "project_image")
+NEEDED = ("query_features", "text_features", "match_logits", "project_image", "project_text")
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,17 @@ class Encoder:
         return nn.functional.normalize(feats.float(), dim=-1).cpu()[:, None]
 
     @torch.no_grad()
-    def match(self, images: Tensor, text: str) -> Tensor:
-        """ITM logits float32[B, 2] (no match, match) of processed pictures [B, 3, H, W] with one text."""
+    def project_text(self, text: str) -> Any:
+        """What `match` reads of a text, computed once for all pictures it is matched with."""
+        with self._autocast():
+            return self.model.project_text(self.model.tokenize([self.clean(text)]))
+
+    @torch.no_grad()
+    def match(self, images: Tensor, text: Any) -> Tensor:
+        """ITM logits float32[B, 2] (no match, match) of processed pictures [B, 3, H, W] with one projected text."""
         with self._autocast():
             image_kv = self.model.project_image(self.model.encode_image(images.to(self.model.device)))
-            logits = self.model.match_logits(image_kv, self.model.tokenize([self.clean(text)] * len(images)))
+            logits = self.model.match_logits(image_kv, text[[0] * len(images)])
         return logits.float().cpu()
 
     @property

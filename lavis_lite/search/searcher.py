@@ -125,6 +125,7 @@ class Searcher:
         """The first `candidates` in the order of their new score; then those that can't be read, then all others."""
         pictures = Pictures([hit.name for hit in hits[:candidates]], self.encoder.processor)
         by_name = {hit.name: hit for hit in hits}
+        projected = self.encoder.project_text(text)
         read: list[tuple[float, Hit]] = []
         for start in range(0, len(pictures), BATCH_SIZE):
             batch = batched([pictures[at] for at in range(start, min(start + BATCH_SIZE, len(pictures)))])
@@ -132,7 +133,7 @@ class Searcher:
                 logger.warning("not re-ranked: %s: %s", short_name(name), reason)
             if batch.images is None:
                 continue
-            logits = self.encoder.match(batch.images, text)
+            logits = self.encoder.match(batch.images, projected)
             same = [by_name[name] for name in batch.names]
             cosines = torch.tensor([hit.score for hit in same])
             scores = pair_scores(form, logits, cosines, self.encoder.temperature, itm_weight=weight).tolist()
