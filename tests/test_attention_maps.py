@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from data_helpers import warnings_logged
 from PIL import Image
 from test_qformer import IMAGE_WIDTH, Q, small_qformer, tokens_of
 from torch import Tensor
 from vqa_helpers import QUESTIONS, question_model, question_samples
 
-from lavis_lite.models.attention_maps import as_grid, cross_attention
+from lavis_lite.common.errors import InputError
+from lavis_lite.models.attention_maps import as_grid, cross_attention, grid_side
+from lavis_lite.tasks import vqa_looks
+from lavis_lite.tasks.answers import Answered
 from lavis_lite.tasks.heat import overlay
 
 
@@ -50,6 +55,39 @@ def test_weights_give_back_what_attention_read(with_text: bool) -> None:
 def test_class_tokens_are_left_out_of_the_grid() -> None:
     weights = torch.arange(2 * 17.0).reshape(2, 17)
     assert torch.equal(as_grid(weights), weights[:, 1:].reshape(2, 4, 4))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5, 10])
+@pytest.mark.parametrize("side", [7, 8, 16, 26])
+def test_tokens_before_a_square_grid_are_left_out(prefix: int, side: int) -> None:
+    assert grid_side(prefix + side * side) == grid_side(prefix + side * side, (64, 64)) == side
+
+
+@pytest.mark.parametrize(
+    ("tokens", "picture"), [(14 * 18, None), (12 * 16 + 1, (64, 64)), (9 * 16, (144, 256)), (6, (16, 24))]
+)
+def test_an_oblong_grid_has_no_map(tokens: int, picture: tuple[int, int] | None) -> None:
+    with pytest.raises(InputError, match=f"no map of the encoder's {tokens} tokens.*must be square"):
+        as_grid(torch.zeros(2, tokens), picture)
+
+
+def test_oblong_pictures_have_no_looks_and_a_report_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = question_model(tmp_path)
+    image = torch.randn(1, 3, 16, 24)
+    with pytest.raises(InputError, match="no map of the encoder's 6 tokens of a picture of 16 x 24 pixels"):
+        model.where_queries_look(image, QUESTIONS[:1])
+    pair = (answered("what color is the dog"), answered("how big"))
+    monkeypatch.setattr(vqa_looks, "_look_twice", lambda *_: model.where_queries_look(image, QUESTIONS[:1]))
+    dataset = SimpleNamespace(image_path=lambda row: "a.png")
+    with warnings_logged() as messages:
+        assert vqa_looks.draw_looks(model, dataset, pair, None, 3) == []
+    assert len(messages) == 1 and "doesn't show where the queries looked: no map" in messages[0]
+
+
+def answered(question: str) -> Answered:
+    return Answered(0, 0, "a.png", question, "", [], None, None)
 
 
 def test_the_question_moves_the_look_and_neighbours_do_not(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ def test_errors_say_what_to_do(model: Blip2QFormer, text: str, keywords: Any, me
         model.explain(tiny_samples(1)["image"], text, **keywords)
     with pytest.raises(InputError, match=r"must be a float tensor \[B, 3, H, W\]"):
         model.explain(torch.zeros(3, 16, 16), TEXT)
+    with pytest.raises(InputError, match="no map of the encoder's 6 tokens of a picture of 16 x 24 pixels"):
+        model.explain(torch.zeros(1, 3, 16, 24), TEXT)
 
 
 def test_the_command_writes_a_page(

@@ -7,7 +7,7 @@ B rows, Q queries, P image tokens, L blocks that look at the image, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.models.qformer import QFormer
 from lavis_lite.models.qformer_layers import Attention
 from lavis_lite.models.qformer_states import ImageKV
+
+# A class token and nine registers are the most that an encoder of timm has before its patches.
+MOST_PREFIX = 10
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,28 @@ def _heads(block: Attention, x: Tensor) -> Tensor:
     return x.float().unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
 
 
-def as_grid(weights: Tensor) -> Tensor:
+def as_grid(weights: Tensor, picture: Sequence[int] | None = None) -> Tensor:
     """Weights [..., P] over image tokens -> [..., side, side]; class and register tokens, which come first, left out.
 
-    What these had is missing from the sum, so it says how much went to the picture itself.
+    What these had is missing from the sum, so it says how much went to the picture itself. `picture` and errors as of
+    `grid_side`.
     """
-    side = math.isqrt(weights.shape[-1])
+    side = grid_side(weights.shape[-1], picture)
     return weights[..., weights.shape[-1] - side * side :].unflatten(-1, (side, side))
+
+
+def grid_side(tokens: int, picture: Sequence[int] | None = None) -> int:
+    """The side of the square grid that an encoder's tokens are, behind class and register tokens.
+
+    picture: height and width of what was encoded, where they are known: 9 x 16 tokens are as many as 12 x 12.
+    Raises InputError where the grid can't be square.
+    """
+    side = math.isqrt(tokens)
+    oblong = picture is not None and picture[0] != picture[1]
+    if oblong or tokens - side * side > MOST_PREFIX:
+        seen = f" of a picture of {picture[0]} x {picture[1]} pixels" if picture is not None else ""
+        raise InputError(
+            f"no map of the encoder's {tokens} tokens{seen}: pictures must be square, and their tokens a square grid, "
+            f"row by row, behind at most {MOST_PREFIX} class and register tokens"
+        )
+    return side

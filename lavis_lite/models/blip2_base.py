@@ -119,6 +119,8 @@ class Blip2Base(BaseModel):
         Args:
             image: [B, 3, H, W], or stored features. texts: B texts that the queries read beside the images; None for
                 images alone.
+
+        Raises InputError where images or their tokens are no square grid.
         """
         image_kv = self.project_image(self.encode_image(image))
 
@@ -128,7 +130,8 @@ class Blip2Base(BaseModel):
             else:
                 self.Qformer.encode_pairs(self.query_tokens, image_kv, self.tokenize(texts))
 
-        return as_grid(cross_attention(self.Qformer, image_kv, look).mean((0, 2, 3)))
+        picture = image.shape[-2:] if isinstance(image, Tensor) else None
+        return as_grid(cross_attention(self.Qformer, image_kv, look).mean((0, 2, 3)), picture)
 
     def tokenize(self, texts: Sequence[str]) -> TextTokens:
         """Texts -> tokens on the model's device, cut to `max_txt_len`."""

@@ -349,7 +349,8 @@ class Blip2QFormer(Blip2Base):
                 how far the score falls when a part of the picture is covered, a pass of everything for each part.
             score: what is explained, "itm" or "itg", see `lavis_lite.models.explain`.
 
-        Raises InputError for another method or score, a text without a word, images and texts that don't fit together.
+        Raises InputError for another method or score, a text without a word, images and texts that don't fit together,
+        images whose tokens are no square grid.
         """
         texts = complete_samples({"image": image, "text_input": text})["text_input"]
         return explain(self, image.to(self.device), texts, method=method, score=score, per_word=per_word)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lite.common.errors import InputError, closest
-from lavis_lite.models.attention_maps import as_grid, attention_effects, cross_attention
+from lavis_lite.models.attention_maps import as_grid, attention_effects, cross_attention, grid_side
 from lavis_lite.models.qformer_states import ImageKV
 from lavis_lite.models.tokenizer import TextTokens, Word
 
@@ -98,6 +98,8 @@ def explain(
     rows = _rows(model.tokenize(texts), words if per_word else [[] for _ in texts])
     with torch.no_grad():
         images = model.project_image(model.encode_image(image))
+        tokens = next(kv[0].shape[1] for kv in images.layers if kv is not None)
+        side = grid_side(tokens, image.shape[-2:])
         match = model.match_logits(images, model.tokenize(texts)).float().softmax(-1)[:, 1].tolist()
     values: list[float] | list[None] = [None] * len(rows.pair)
     if method == "attention":
@@ -106,7 +108,7 @@ def explain(
         maps, scores = _gradcam(model, images[rows.pair], rows, score)
         values = scores.tolist()
     else:
-        maps, scores = _occlusion(model, image, images, rows, score)
+        maps, scores = _occlusion(model, image, images, rows, score, side)
         values = scores.tolist()
     shown, known = iter(_normalised(maps).cpu()), iter(values)
     return [
@@ -212,7 +214,7 @@ def _attention(model: Blip2QFormer, images: ImageKV, tokens: TextTokens) -> Tens
 
 @torch.no_grad()
 def _occlusion(
-    model: Blip2QFormer, image: Tensor, images: ImageKV, rows: _Rows, score: Score
+    model: Blip2QFormer, image: Tensor, images: ImageKV, rows: _Rows, score: Score, side: int
 ) -> tuple[Tensor, Tensor]:
     """Maps [R, h, w] and scores [R]: how far a score falls when a square around each image token is covered."""
 
@@ -220,7 +222,6 @@ def _occlusion(
         return torch.stack([sign * part(seen) for sign, part in _parts(model, asked, score)]).sum(0)
 
     whole = scores(images[rows.pair], rows)
-    side = as_grid(next(kv[0] for kv in images.layers if kv is not None)[:1, :, 0]).shape[-1]
     maps = []
     for pair, picture in enumerate(image):
         own = rows.of_pair(pair)

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.logging import get_logger
 from lavis_lite.tasks.answers import Answered
 from lavis_lite.tasks.examples import thumbnail
 from lavis_lite.tasks.heat import overlay
 from lavis_lite.tasks.heldout import to_device
 from lavis_lite.tasks.html import card, cards, picture, section
 from lavis_lite.tasks.predictions import evenly
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,17 @@ def draw_looks(
 ) -> list[TwoLooks]:
     """`number` pictures at even distances among those of which two questions of different types were asked.
 
-    model: with `where_queries_look`, in eval mode. dataset: with `image_path`.
+    model: with `where_queries_look`, in eval mode. dataset: with `image_path`. None are drawn, and a line says why,
+    where the encoder's tokens are no square grid.
     """
-    return [
-        _look_twice(model, dataset, pair, loader_args)
-        for pair in evenly(_same_picture(dataset, rows), number)
-    ]
+    try:
+        return [
+            _look_twice(model, dataset, pair, loader_args)
+            for pair in evenly(_same_picture(dataset, rows), number)
+        ]
+    except InputError as error:
+        logger.warning("the report doesn't show where the queries looked: %s", error)
+        return []
 
 
 def _same_picture(dataset: Any, rows: Sequence[Answered]) -> list[tuple[Answered, Answered]]:
