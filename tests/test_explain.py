@@ -128,6 +128,30 @@ def test_maps_are_normalised_and_neighbours_change_nothing(
     assert bool(found[1].words) == words
 
 
+@pytest.mark.parametrize("method", ["gradcam", "attention", "occlusion"])
+def test_a_model_in_training_is_explained_without_dropout_and_stays_in_training(
+    method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(
+        write_tokenizer(tmp_path), vision_encoder={"freeze": False}, qformer={"dropout": 0.5}
+    )
+    model = registry.get_model_class("blip2").from_config(config)
+    enlarge_weights(model, std=0.3)
+    image = tiny_samples(1)["image"]
+    (expected,) = model.eval().explain(image, TEXT, method=method)
+    model.train()
+    model.ln_vision.eval()  # each module gets its own mode back
+    modes = [module.training for module in model.modules()]
+    (found,) = model.explain(image, TEXT, method=method)
+    assert found.match == expected.match and torch.equal(found.map, expected.map)
+    assert [module.training for module in model.modules()] == modes
+    monkeypatch.setattr(model, "match_logits", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.explain(image, TEXT, method=method)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_occlusion_finds_the_only_place_that_counts(
     model: Blip2QFormer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,7 +340,7 @@ class Blip2QFormer(Blip2Base):
         score: Score = "itg",
         per_word: bool = False,
     ) -> list[Explanation]:
-        """Where in each image the evidence for its text lies, and if asked for each of its words.
+        """Where in each image the evidence for its text lies, and if asked for each of its words; always in eval mode.
 
         Args:
             image: [B, 3, H, W]. text: one for all images, or one each.

@@ -11,13 +11,14 @@ B pairs, R rows (a row is one score of one pair), I images, T text tokens, h x w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lite.common.errors import InputError, closest
@@ -94,6 +95,31 @@ def explain(
 ) -> list[Explanation]:
     """See `Blip2QFormer.explain`; here `texts` are one for each image."""
     check_request(texts, method, score, per_word)
+    with _evaluated(model):
+        return _explain(model, image, texts, method=method, score=score, per_word=per_word)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode: dropout would be part of what is explained. Afterwards each module has its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _explain(
+    model: Blip2QFormer,
+    image: Tensor,
+    texts: Sequence[str],
+    *,
+    method: Method,
+    score: Score,
+    per_word: bool,
+) -> list[Explanation]:
     words = [model.tokenizer.words(text, max_length=model.max_txt_len) for text in texts]
     rows = _rows(model.tokenize(texts), words if per_word else [[] for _ in texts])
     with torch.no_grad():
