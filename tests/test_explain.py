@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,38 @@ def test_occlusion_finds_the_only_place_that_counts(
     image[:, :, 8:, 8:] = sign
     (found,) = model.explain(image, TEXT, method="occlusion")
     assert found.map.tolist() == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("pictures", [2, 30])
+def test_chance_is_of_the_pictures_that_are_measured(pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "run_scripts" / "experiments"))
+    game: Any = importlib.import_module("pointing_game")
+    monkeypatch.setattr(game, "load_model_and_preprocess", lambda *_, **__: (None, {"eval": None}, None))
+    asked: dict[str, list[Any]] = {}
+
+    def point(game_of: str, cases: list[Any], keywords: Any) -> list[Any]:
+        asked[f"{game_of} {(keywords or {}).get('method')}"] = cases
+        return [((0.5, 0.5), case) for case in cases]
+
+    def phrases(model: Any, processor: Any, cases: list[Any], keywords: Any) -> list[Any]:
+        return point("phrases", cases, keywords)
+
+    def words(model: Any, processor: Any, scenes: list[Any], keywords: Any) -> list[Any]:
+        return point(
+            "words", [game.Case(scene, item) for scene in scenes for item in scene.objects], keywords
+        )
+
+    monkeypatch.setattr(game, "point_at_phrases", phrases)
+    monkeypatch.setattr(game, "point_at_words", words)
+    found = dict(game.play("run", pictures, 6))
+    for kind in ("phrases", "words"):
+        cases = asked[f"{kind} gradcam"]
+        areas = [case.named.box[2] * case.named.box[3] for case in cases]
+        assert found["chance", kind] == pytest.approx(sum(areas) / len(areas))
+        assert found["the centre", kind] == found["Grad-CAM, itg", kind]
+        few = asked[f"{kind} occlusion"]
+        assert few == cases[: len(few)]
+    assert len({id(case.scene) for case in asked["words gradcam"]}) == max(1, pictures // 3)
 
 
 @pytest.mark.parametrize(

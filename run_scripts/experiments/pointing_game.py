@@ -6,11 +6,13 @@
 Pictures are of the test split, with two objects or more. A map hits when the centre of its brightest grid cell lies in
 the box of the object named. Two games:
 - phrases: a text names one object ("a red circle") that no other object of the picture is like;
-- words: a caption lists all objects and the background, and every word for a colour or a shape has a map of its own.
+- words: a caption lists all objects and the background, and every word for a colour or a shape has a map of its own;
+  a third of the pictures.
 
-Chance is the mean share of the picture that the boxes have; "the centre" points at the middle of every picture. "Some
-object" is the share of maps that hit any object's box. `--out` gets a json file with the numbers of every model, the
-command, the commit and the machine.
+Chance is the mean share of the picture that the boxes have; "the centre" points at the middle of every picture. Both
+are of the pictures that Grad-CAM is measured on, of which occlusion gets the first few. "Some object" is the share of
+maps that hit any object's box. `--out` gets a json file with the numbers of every model, the command, the commit and
+the machine.
 """
 
 from __future__ import annotations
@@ -91,14 +93,14 @@ def play(run: str, pictures: int, covered: int) -> Iterator[tuple[tuple[str, str
     for way, keywords in WAYS.items():
         some = cases[: covered if way.startswith("occlusion") else None]
         yield from measured(way, "phrases", point_at_phrases(model, processors["eval"], some, keywords))
-    scenes = list(itertools.islice(scenes_with_several(), pictures))
+    # A third of the pictures: some 16 words each have a map, of which six count.
+    scenes = list(itertools.islice(scenes_with_several(), max(1, pictures // 3)))
     named = [item for scene in scenes for item in scene.objects]
     yield ("chance", "words"), statistics.mean(item.box[2] * item.box[3] for item in named)
     yield ("the centre", "words"), statistics.mean(inside((0.5, 0.5), item.box) for item in named)
     for way, keywords in WAYS.items():
         if keywords is not None and keywords["method"] != "attention":
-            # A tenth of the pictures: some 16 words each have a map, of which six count.
-            some = scenes[: covered // 6 if keywords["method"] == "occlusion" else pictures // 3]
+            some = scenes[: max(1, covered // 6) if keywords["method"] == "occlusion" else None]
             yield from measured(way, "words", point_at_words(model, processors["eval"], some, keywords))
 
 
