@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,8 +124,10 @@ def test_what_a_crash_left_half_written_is_cut_off(damage: str, tmp_path: Path) 
     assert names_of(tmp_path / "idx") == [f"{number:03}.png" for number in range(6)]
 
 
-def interrupted(folder: Path, *, batches: int, images: str = "pictures") -> None:
-    """A build of two pictures a batch that fails after some."""
+def interrupted(
+    folder: Path, *, batches: int, images: str = "pictures", change: Callable[..., Any] = build_index
+) -> None:
+    """A build (or add) of two pictures a batch that fails after some."""
     encoder = colour_encoder()
     encode, left = encoder.encode_images, iter(range(batches))
 
@@ -135,7 +138,7 @@ def interrupted(folder: Path, *, batches: int, images: str = "pictures") -> None
 
     encoder.encode_images = failing  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
-        build_index(folder / images, folder / "idx", encoder, BuildOptions(batch_size=2))
+        change(folder / images, folder / "idx", encoder, BuildOptions(batch_size=2))
 
 
 def test_an_unfinished_build_is_not_gone_on_with_by_another_model(tmp_path: Path) -> None:
@@ -166,6 +169,19 @@ def test_an_approximate_index_outlives_its_last_image(tmp_path: Path) -> None:
     assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
     assert compact_index(index).changed == 7
     assert Searcher(open_index(index), colour_encoder()).search("9 9 9", top=5) == []
+
+
+def test_compacting_waits_for_an_unfinished_add_or_does_without(built: Path, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "more", 4, seed=9)
+    interrupted(tmp_path, batches=1, images="more", change=add_images)
+    delete_images(built, ["000.png"])
+    shutil.rmtree(tmp_path / "more")  # the same command would find nothing any more
+    with pytest.raises(
+        DataError, match=r"an unfinished add or build: finish it .*, or remove '.*idx/building'"
+    ):
+        compact_index(built)
+    shutil.rmtree(built / "building")
+    assert compact_index(built).images == 11
 
 
 def test_add_takes_only_what_is_new(built: Path, tmp_path: Path) -> None:

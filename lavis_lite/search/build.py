@@ -192,7 +192,10 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
     with changing(root) as manifest:
         _clean(root, manifest)
         if (root / BUILDING).exists():
-            raise DataError(f"'{root}' has an unfinished add: finish it first, by the same command")
+            raise DataError(
+                f"'{root}' has an unfinished add or build: finish it first, by the same command, or remove "
+                f"'{root / BUILDING}', and what it has encoded with it"
+            )
         store, before = Store(root, manifest), manifest.images
         names = [name for _, name in store.names()]
         part = write_part(root, names, lambda target: _write_living(store, target))
