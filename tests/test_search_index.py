@@ -184,6 +184,29 @@ def test_compacting_waits_for_an_unfinished_add_or_does_without(built: Path, tmp
     assert compact_index(built).images == 11
 
 
+def test_an_index_of_too_few_images_for_its_kind_is_compacted_to_another(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    save_pictures(tmp_path / "pictures", 12)
+    index, encoder = tmp_path / "idx", colour_encoder()
+    build_index(tmp_path / "pictures", index, encoder, BuildOptions(kind="IVF16,Flat"))
+    delete_images(index, ["00[0-4].png"])
+    with warnings_logged() as messages:
+        assert compact_index(index).images == 7  # of 21 vectors, enough for 16 cells
+    assert not messages and load_manifest(index).kind == "IVF16,Flat"
+    delete_images(index, ["00[5-7].png"])
+    with warnings_logged() as messages:
+        done = compact_index(index)
+    assert (done.images, done.changed, done.recall) == (4, 3, None)
+    assert messages == [
+        "'IVF16,Flat' is trained on at least 16 vectors, and 12 are left: the index is of --kind auto now, which is "
+        "exact search"
+    ]
+    check_index(index)
+    assert len(Searcher(open_index(index), encoder).search("9 9 9")) == 4
+    save_pictures(tmp_path / "more", 1, seed=9)
+    assert add_images(tmp_path / "more", index, encoder).images == 5
+
+
 def test_add_takes_only_what_is_new(built: Path, tmp_path: Path) -> None:
     save_pictures(tmp_path / "more", 3, seed=9)
     encoder = colour_encoder()

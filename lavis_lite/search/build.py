@@ -186,6 +186,8 @@ def delete_images(out: str | os.PathLike[str], patterns: Sequence[str]) -> Summa
 def compact_index(out: str | os.PathLike[str]) -> Summary:
     """Write the index again without its deleted images, from its vectors: nothing is encoded.
 
+    Where too few images are left to train its kind on, it is of kind auto from then on, and a line says so.
+
     Raises DataError when an `add` is unfinished.
     """
     root = Path(out)
@@ -198,12 +200,28 @@ def compact_index(out: str | os.PathLike[str]) -> Summary:
             )
         store, before = Store(root, manifest), manifest.images
         names = [name for _, name in store.names()]
+        kind = _kind_of_the_rest(manifest, len(names) * manifest.queries)
         part = write_part(root, names, lambda target: _write_living(store, target))
-        manifest = replace(manifest, parts=(part,), deleted=None, num_deleted=0, candidates=None)
+        manifest = replace(manifest, kind=kind, parts=(part,), deleted=None, num_deleted=0, candidates=None)
         manifest = _with_candidates(root, manifest, None)
         manifest.save(root)
         _clean(root, manifest)
         return Summary.of(manifest, before - len(names))
+
+
+def _kind_of_the_rest(manifest: Manifest, vectors: int) -> str:
+    """The index's kind; auto where its kind can't be trained on the vectors that are left."""
+    # An index without images isn't trained, and may be filled again.
+    if not vectors or vectors >= (least := candidates.least_vectors(manifest.kind, vectors, manifest.width)):
+        return manifest.kind
+    logger.warning(
+        "'%s' is trained on at least %d vectors, and %d are left: the index is of --kind auto now, %s",
+        manifest.kind,
+        least,
+        vectors,
+        candidates.choose_factory("auto", vectors, manifest.width) or "which is exact search",
+    )
+    return "auto"
 
 
 def _make_folder(root: Path) -> None:

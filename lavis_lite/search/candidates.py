@@ -71,15 +71,22 @@ def check_kind(kind: str, vectors: int, width: int) -> None:
     ConfigError for a description of which faiss can't make anything, or that needs more vectors to train on;
     MissingDependencyError without faiss.
     """
-    factory = choose_factory(kind, vectors, width)
-    if factory is None:
-        return
-    least = _least_vectors(_untrained(factory, width))
+    least = least_vectors(kind, vectors, width)
     if vectors < least:
+        factory = choose_factory(kind, vectors, width)
         raise ConfigError(
             f"--kind '{factory}': it is trained on at least {least} vectors, and there are {vectors}; "
             "--kind flat needs no training"
         )
+
+
+def least_vectors(kind: str, vectors: int, width: int) -> int:
+    """How many vectors training the index for so many needs at the least, 0 for exact search.
+
+    Raises ConfigError for a description of which faiss can't make anything, MissingDependencyError without faiss.
+    """
+    factory = choose_factory(kind, vectors, width)
+    return _least_vectors(_untrained(factory, width)) if factory is not None else 0
 
 
 @dataclass
