@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -26,10 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check(*arguments: str) -> int:
+    level = logging.getLogger("lavis_lite.datasets").level
     try:
         data_main(["check", *arguments])
     except SystemExit as error:
         return int(error.code or 0)
+    finally:
+        assert logging.getLogger("lavis_lite.datasets").level == level
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,15 +20,16 @@ def data_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite data
     check.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     with one_line_errors(debug=args.debug):
+        from lavis_lite.common.logging import only_warnings
         from lavis_lite.datasets.layout import check_layout
         from lavis_lite.datasets.named import named_section
 
-        # That a split is left out is no news here: splits are built one by one.
-        logging.getLogger("lavis_lite.datasets").setLevel(logging.WARNING)
         name, section = named_section(args.dataset, args.options)
         good = True
-        for found in check_layout(name, section, all_rows=args.all):
-            good &= found.good
-            print("\n".join(f"{name} {line}" for line in found.lines()))
+        # That a split is left out is no news here: splits are built one by one.
+        with only_warnings("lavis_lite.datasets"):
+            for found in check_layout(name, section, all_rows=args.all):
+                good &= found.good
+                print("\n".join(f"{name} {line}" for line in found.lines()))
         if not good:
             sys.exit(1)

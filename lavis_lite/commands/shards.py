@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,6 +50,7 @@ def _add_make(parser: argparse.ArgumentParser) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     from lavis_lite.common.errors import ConfigError
+    from lavis_lite.common.logging import only_warnings
     from lavis_lite.datasets.named import build_named_split
     from lavis_lite.datasets.shard_writer import make_shards, plan_of
 
@@ -59,7 +58,7 @@ def _make(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     # That other splits are left out is no news here.
-    with _only_warnings("lavis_lite.datasets"):
+    with only_warnings("lavis_lite.datasets"):
         dataset = build_named_split(args.dataset, args.split, args.options)
     plan = plan_of(dataset, split=args.split, samples_per_shard=args.samples_per_shard, shuffle=args.shuffle)
     written = make_shards(dataset, plan, Path(args.out), workers=args.workers)
@@ -70,18 +69,6 @@ def _make(args: argparse.Namespace) -> None:
     if samples < plan.rows:
         example = f", for example {failures[0][0]}: {failures[0][1]}" if failures else ""
         print(f"{plan.rows - samples:,} rows could not be read and are left out{example}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _only_warnings(name: str) -> Iterator[None]:
-    """Warnings and errors alone of a logger; its level is as before afterwards."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -9,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TextIO
@@ -54,6 +55,18 @@ def get_logger(name: str = ROOT) -> logging.Logger:
         root.propagate = False
         root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     return logging.getLogger(name if name == ROOT or name.startswith(ROOT + ".") else f"{ROOT}.{name}")
+
+
+@contextlib.contextmanager
+def only_warnings(name: str) -> Iterator[None]:
+    """Warnings and errors alone of a logger; its level is as before afterwards."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _plain(value: Any) -> Any:

@@ -31,13 +31,11 @@ from lavis_lite.runners import resume
 from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
-from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed
+from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed, straggling
 from lavis_lite.tasks.base import RunFacts
 
 logger = get_logger(__name__)
 
-# A rank whose data takes this much of a step longer than the others' is worth a warning.
-STRAGGLING = 0.2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -263,13 +261,8 @@ class Runner:
             return {}
         waits = [wait / window.steps for wait in dist.gather_objects(window.wait)]
         slowest = max(range(len(waits)), key=waits.__getitem__)
-        others = (sum(waits) - waits[slowest]) / (len(waits) - 1)
-        step_s = window.seconds / window.steps
-        if dist.is_main() and waits[slowest] - others > STRAGGLING * step_s:
-            logger.warning(
-                "rank %d waits %.2f s a step for data, the others %.2f s, of %.2f s: all wait for its disk or workers",
-                slowest, waits[slowest], others, step_s,
-            )  # fmt: skip
+        if dist.is_main() and (straggler := straggling(waits, window.seconds / window.steps)):
+            logger.warning(straggler)
         return {
             "data_waits": [round(wait, 5) for wait in waits],
             "slowest_data_rank": slowest,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+# A rank whose data takes this much of a step longer than the others' is worth a warning.
+STRAGGLING = 0.2
 
 
 def mix_seed(*parts: int | str) -> int:
@@ -90,6 +93,21 @@ class Window:
     steps: int = 0
     seconds: float = 0.0
     wait: float = 0.0
+
+
+def straggling(waits: Sequence[float], step_s: float) -> str | None:
+    """What to say of the rank that waits for data longer than the others by a fifth of a step; None where none does.
+
+    waits: seconds a step of each rank. step_s: seconds of a step.
+    """
+    slowest = max(range(len(waits)), key=waits.__getitem__)
+    others = (sum(waits) - waits[slowest]) / (len(waits) - 1)
+    if waits[slowest] - others <= STRAGGLING * step_s:
+        return None
+    return (
+        f"rank {slowest} waits {waits[slowest]:.2f} s a step for data, the others {others:.2f} s, of {step_s:.2f} s: "
+        "all wait for its disk or workers"
+    )
 
 
 @dataclass(frozen=True)
