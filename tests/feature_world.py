@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lavis_lite.common.config import Config, import_file, load_config
 from lavis_lite.datasets import feature_store
 from lavis_lite.models.vision.tower import VisionTower
+from lavis_lite.runners import features, setup
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -108,3 +110,11 @@ def project(folder: Path, *, rows: int = 24, **run: Any) -> Path:
 def config(folder: Path, *options: str, **run: Any) -> Config:
     """The configuration, with options laid over it."""
     return load_config(project(folder, **run), options)
+
+
+def prepared(folder: Path, *options: str, **run: Any) -> Mapping[str, Any]:
+    """The datasets of a run that is about to begin."""
+    cfg = config(folder, *options, **run)
+    features.check_encoder(cfg)
+    base = setup.build_base(cfg, model_cfg=cfg.model)
+    return features.with_features(cfg, base.datasets, setup.encoder_of(base))

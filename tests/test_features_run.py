@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import warnings_logged
-from feature_world import PICTURE_BYTES, config, noise_pictures, project
+from feature_world import PICTURE_BYTES, config, noise_pictures, prepared, project
 from runner_helpers import assert_same_bits, logged, run_ranks, start, train_command, wait_for, weights
 from stage1_helpers import TinyPatches
 from torch import Tensor, nn
@@ -205,14 +204,6 @@ def test_what_changed_is_told_and_stored_anew(tmp_path: Path, option: str, diffe
     assert not any("anew" in message for message in messages)
 
 
-def prepared(folder: Path, *options: str, **run: Any) -> Mapping[str, Any]:
-    """The datasets of a run that is about to begin."""
-    cfg = config(folder, *options, **run)
-    features.check_encoder(cfg)
-    base = setup.build_base(cfg, model_cfg=cfg.model)
-    return features.with_features(cfg, base.datasets, setup.encoder_of(base))
-
-
 def test_only_the_file_of_a_changed_picture_is_built_again(tmp_path: Path, encoded: list[int]) -> None:
     before = prepared(tmp_path)["own"]["train"].load(7, seed=0)["image"].float()
     times = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
@@ -247,7 +238,7 @@ def test_a_copy_of_the_pictures_elsewhere_reads_what_is_stored(
     row = (rows.load(9, seed=3)["image"], first["own"]["train"].load(9, seed=3)["image"])
     assert torch.equal(row[0].float(), row[1].float())
     # What was compared once is known from then on, wherever it is.
-    monkeypatch.setattr(Pictures, "contents", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(Pictures, "content", lambda *_: pytest.fail("read again"))
     prepared(tmp_path, f"datasets.own.root={there}")
 
 

@@ -19,6 +19,7 @@ from lavis_lite.datasets.loader import read_in_order
 from lavis_lite.datasets.pictures import Pictures, Viewed, ViewReader, joined_contents
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.vision.tower import VisionTower
+from lavis_lite.runners.feature_times import without_content
 
 logger = get_logger(__name__)
 
@@ -95,8 +96,8 @@ class Progress:
 
 def fill(
     build: Build, shards: Sequence[int], encoder: Encoder, *, num_workers: int, counter: ReadCounter
-) -> None:
-    """Encode and write some of a store's files.
+) -> dict[int, list[int]]:
+    """Encode and write some of a store's files; returns for each the numbers of the pictures that couldn't be read.
 
     Raises DataError when too many pictures can't be read (see `ReadCounter`), or the precision can't hold the
     features; OSError when the disk is full. What is written stays.
@@ -112,8 +113,10 @@ def fill(
     reader = ViewReader(build.pictures, store.layout.views, build.seed)
     viewed = read_in_order(reader, [task for own in tasks.values() for task in own], num_workers=num_workers)
     progress = Progress(build.label, sum(len(store.numbers(shard)) for shard in shards))
-    for shard, own in tasks.items():
-        _fill_one(build, shard, encoder, (next(viewed) for _ in own), counter, progress)
+    return {
+        shard: _fill_one(build, shard, encoder, (next(viewed) for _ in own), counter, progress)
+        for shard, own in tasks.items()
+    }
 
 
 def _fill_one(
@@ -123,7 +126,7 @@ def _fill_one(
     viewed: Iterator[Viewed],
     counter: ReadCounter,
     progress: Progress,
-) -> None:
+) -> list[int]:
     store, layout = build.store, build.store.layout
     numbers = store.numbers(shard)
     shape = (len(numbers), layout.views, layout.tokens, layout.width)
@@ -143,6 +146,7 @@ def _fill_one(
         counter.count(len(some.numbers), failures)
         progress.advance(len(some.numbers) + len(failures))
     store.write(shard, whole, problems, joined_contents(contents))
+    return without_content(numbers, contents)
 
 
 def _rounded(features: Tensor, build: Build, numbers: Sequence[int]) -> ImageFeatures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -73,16 +74,18 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
             dist.broadcast_object(found)
         else:
             found = _found_by_main()
+        unread: list[dict[int, list[int]]] = []
         for one, (store, missing) in zip(chosen, found, strict=True):
             mine = missing[dist.rank() :: dist.world_size()]
-            if mine:
-                counter = ReadCounter(cfg.run.max_bad_fraction, what="no features are stored")
-                build = Build(one.label, one.pictures, store, seed)
-                fill(build, mine, encoder, num_workers=cfg.run.num_workers, counter=counter)
-        dist.barrier()
+            counter = ReadCounter(cfg.run.max_bad_fraction, what="no features are stored")
+            build = Build(one.label, one.pictures, store, seed)
+            unread.append(
+                fill(build, mine, encoder, num_workers=cfg.run.num_workers, counter=counter) if mine else {}
+            )
+        of_ranks = dist.gather_objects(unread)  # which waits for all
         if dist.is_main():
-            for (store, times), (_, missing) in zip(own, found, strict=True):
-                note_times(store, missing, times)
+            for (store, times), *parts in zip(own, *of_ranks, strict=True):
+                note_times(store, dict(ChainMap(*parts)), times)
     for one, (store, _) in zip(chosen, found, strict=True):
         _check_complete(store)
         logger.info("features of %s: %s, %s in %s", one.label, store, show_bytes(store.size()), store.folder)
@@ -130,7 +133,8 @@ def _missing(
     stale = [shard for shard in missing if store.path(shard).exists()]
     if stale:
         logger.info(
-            "features in %s: %d of %d files are of other or changed pictures and are built again",
+            "features in %s: %d of %d files are of other or changed pictures, or of some that can be read now, and are "
+            "built again",
             *(store.folder, len(stale), len(every)),
         )
     present = sorted(set(every) - set(missing))
