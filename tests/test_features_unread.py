@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feature_world import PICTURE_BYTES, prepared
+from feature_world import PICTURE_BYTES, noise_pictures, prepared
 
 from lavis_lite.datasets import feature_store, pictures
 from lavis_lite.datasets.base import UnreadableSample
@@ -89,3 +89,16 @@ def test_times_that_older_versions_noted_are_not_trusted(tmp_path: Path) -> None
     noted = {shard: entry[:2] for shard, entry in json.loads(times.read_text()).items()}
     times.write_text(json.dumps(noted))
     assert has_features(prepared(tmp_path, ALLOWED)["own"]["train"], 6)
+
+
+def test_stored_pictures_that_cannot_be_read_now_do_not_end_the_run(tmp_path: Path) -> None:
+    """Whether the encoder still makes the same is seen by the next picture, where there is one."""
+    noise_pictures(tmp_path, 5)
+    prepared(tmp_path)
+    before = built(tmp_path)
+    with disk_error("0.jpg") as tried:
+        prepared(tmp_path)
+    assert tried == ["0.jpg", "1.jpg"]
+    with disk_error(*(f"{row}.jpg" for row in range(5))):
+        rows = prepared(tmp_path)["own"]["train"]
+    assert has_features(rows, 0) and built(tmp_path) == before

@@ -14,6 +14,7 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.sizes import show_bytes
 from lavis_lite.datasets.bad_rows import ReadCounter
+from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.feature_store import FeatureStore, StoredViews
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.pictures import Pictures
@@ -154,15 +155,20 @@ def _missing(
 
 
 def _difference(store: FeatureStore, pictures: Pictures, encoder: Encoder, shard: int, seed: int) -> float:
-    """How far the features that the encoder now makes of a file's first picture are from those stored, relative to
-    their size: what no key tells, such as a change in an encoder's code, shows here."""
+    """How far the features that the encoder now makes of a file's first picture that can be read are from those stored,
+    relative to their size: what no key tells, such as a change in an encoder's code, shows here."""
     opened = copy.copy(store)  # the store itself keeps no file open that may be replaced
     for number in store.numbers(shard):
         stored = opened.read(number, 0)
-        if isinstance(stored, ImageFeatures):
-            made = encoder(pictures.views(number, count=1, seed=seed))[0]
-            now, before = ImageFeatures.rounded(made, store.layout.precision).float(), stored.float()
-            return float((now - before).norm() / before.norm().clamp(min=1e-12))
+        if isinstance(stored, str):
+            continue
+        try:
+            view = pictures.views(number, count=1, seed=seed)
+        except UnreadableSample:  # for now; its features are stored
+            continue
+        now = ImageFeatures.rounded(encoder(view)[0], store.layout.precision).float()
+        before = stored.float()
+        return float((now - before).norm() / before.norm().clamp(min=1e-12))
     return 0.0
 
 
