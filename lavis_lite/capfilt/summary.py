@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from lavis_lite.capfilt.claims import Claims
+from lavis_lite.capfilt.claims import Claim, Claims
 from lavis_lite.capfilt.inputs import Inputs
 from lavis_lite.capfilt.output import Output
 from lavis_lite.capfilt.tally import BINS, Tally, added
@@ -28,7 +28,11 @@ from lavis_lite.tasks.html import card, cards, data_uri, picture, section, table
 from lavis_lite.tasks.predictions import evenly
 from lavis_lite.tasks.report import page
 
+T = TypeVar("T")
+
 NAME = "summary"
+ANNOTATIONS, REPORT = "annotations.jsonl", "report.html"
+WAIT_SECONDS = 0.2
 SAMPLES = 24
 REASONS = 10
 
@@ -90,42 +94,65 @@ def finish(output: Output, names: Sequence[str], claims: Claims, inputs: Inputs)
 
     names: of the output's shards, one for each piece of the inputs. Raises DataError when a shard vanished meanwhile.
     """
-    path = output.folder / f"{NAME}.json"
-    while (claim := claims.take(NAME)) is None:
-        time.sleep(0.2)
-    try:
-        failures = output.failures(names)
-        manifests = _manifests(output, [name for name in names if name not in failures])
-        made = _made_before(path, output, names)
-        if made is not None:
-            return made
-        unreadable = {failure.source: failure.reason for failure in failures.values()}
-        summary = _summary(manifests, unreadable, output.folder)
-        if output.annotations:
-            _join(output, list(manifests))
-        atomic_write(output.folder / "report.html", _page(summary, manifests, output, inputs))
-        atomic_write(path, json.dumps(asdict(summary), indent=1) + "\n")
-        remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
-        claims.clear({*names, NAME})
-        return summary
-    finally:
-        claim.release()
+    # Reading all manifests takes long where there are many: only the one that makes the summary does.
+    while (made := _made_before(output, names)) is None:
+        claim = claims.take(NAME)
+        if claim is None:
+            time.sleep(WAIT_SECONDS)
+            continue
+        try:
+            # By the one who had the claim until a moment ago.
+            return _made_before(output, names) or _make(output, names, claims, claim, inputs)
+        finally:
+            claim.release()
+    return made
+
+
+def _make(output: Output, names: Sequence[str], claims: Claims, claim: Claim, inputs: Inputs) -> Summary:
+    failures = output.failures(_beating(names, claim))
+    manifests = _manifests(output, [name for name in names if name not in failures], claim)
+    unreadable = {failure.source: failure.reason for failure in failures.values()}
+    summary = _summary(manifests, unreadable, output.folder)
+    if output.annotations:
+        _join(output, list(manifests), claim)
+    shown = _samples(manifests, output, inputs, claim)
+    atomic_write(output.folder / REPORT, _page(summary, shown))
+    atomic_write(_path(output), json.dumps(asdict(summary), indent=1) + "\n")
+    remove_leftovers(output.folder)  # all is done: whoever wrote these is gone
+    claims.clear({*names, NAME})
+    return summary
+
+
+def _beating(things: Iterable[T], claim: Claim) -> Iterator[T]:
+    """Say, before each thing, that the claim's owner lives: there may be very many."""
+    for thing in things:
+        claim.beat()
+        yield thing
+
+
+def _path(output: Output) -> Path:
+    return output.folder / f"{NAME}.json"
 
 
 def given_up_before_summary(output: Output, names: Sequence[str]) -> list[str]:
     """The shards that the last summary already calls unreadable."""
     try:
-        ended = (output.folder / f"{NAME}.json").stat().st_mtime
+        ended = _path(output).stat().st_mtime
     except FileNotFoundError:
         return []
     return [name for name in output.failures(names) if output.failure_path(name).stat().st_mtime <= ended]
 
 
-def _made_before(path: Path, output: Output, names: Sequence[str]) -> Summary | None:
-    """The summary that another process made of the same shards a moment ago, or this one's forerunner did."""
+def _made_before(output: Output, names: Sequence[str]) -> Summary | None:
+    """The summary that another process made of the same shards a moment ago, or this one's forerunner did; None too
+    where the annotations or the report that belong to it are gone."""
+    wanted = [REPORT, *([ANNOTATIONS] if output.annotations else [])]
+    path = _path(output)
     try:
-        newest = max(_told_at(output, name) for name in names)
-        if path.stat().st_mtime < newest:
+        ended = path.stat().st_mtime
+        if not all((output.folder / file).is_file() for file in wanted):
+            return None
+        if any(_told_at(output, name) > ended for name in names):
             return None
         about = json.loads(path.read_text(encoding="utf-8"))
         return Summary(**{**about, "tally": Tally(**about["tally"])})
@@ -139,8 +166,8 @@ def _told_at(output: Output, name: str) -> float:
     return max(path.stat().st_mtime for path in paths if path.exists())
 
 
-def _manifests(output: Output, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    found = {name: output.manifest(name) for name in names}
+def _manifests(output: Output, names: Sequence[str], claim: Claim) -> dict[str, dict[str, Any]]:
+    found = {name: output.manifest(name) for name in _beating(names, claim)}
     gone = [name for name, manifest in found.items() if manifest is None]
     if gone:
         raise DataError(
@@ -169,21 +196,21 @@ def _worker_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def _join(output: Output, names: Sequence[str]) -> None:
+def _join(output: Output, names: Sequence[str], claim: Claim) -> None:
     """All annotations in one file, in the order of the input."""
-    with atomic_file(output.folder / "annotations.jsonl") as temporary, temporary.open("wb") as joined:
+    with atomic_file(output.folder / ANNOTATIONS) as temporary, temporary.open("wb") as joined:
         for name in names:
             with (output.folder / f"{name}.jsonl").open("rb") as part:
                 while block := part.read(1 << 20):
+                    claim.beat()
                     joined.write(block)
 
 
 # The page
 
 
-def _page(
-    summary: Summary, manifests: Mapping[str, Mapping[str, Any]], output: Output, inputs: Inputs
-) -> str:
+def _page(summary: Summary, samples: Sequence[str]) -> str:
+    """samples: cards of pictures."""
     tally = summary.tally
     kept = tally.web_kept + tally.synthetic_kept
     headline = [
@@ -207,7 +234,6 @@ def _page(
     if summary.unreadable:
         rows = [[source, reason] for source, reason in list(summary.unreadable.items())[:REASONS]]
         body.append(section("Shards that could not be read", table(["shard", "reason"], rows)))
-    samples = _samples(manifests, output, inputs)
     if samples:
         note = "All candidates with their scores, best first; those kept are ticked."
         body.append(section("Samples", cards(samples), note=note))
@@ -251,13 +277,15 @@ def _histogram(histograms: Mapping[str, Sequence[int]]) -> bytes:
     return buffer.getvalue()
 
 
-def _samples(manifests: Mapping[str, Mapping[str, Any]], output: Output, inputs: Inputs) -> list[str]:
+def _samples(
+    manifests: Mapping[str, Mapping[str, Any]], output: Output, inputs: Inputs, claim: Claim
+) -> list[str]:
     """Cards of a few pictures, read from the output, or from the input where the output has none in it."""
     found = [
         (name, example) for name, manifest in manifests.items() for example in manifest["tally"]["examples"]
     ]
     made = []
-    for name, example in evenly(found, SAMPLES):
+    for name, example in _beating(evenly(found, SAMPLES), claim):
         key = example["key"]
         content = (
             _picture_in(output.folder / f"{name}.tar", key)
