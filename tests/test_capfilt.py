@@ -394,6 +394,8 @@ def test_a_shard_that_fails_rests_before_it_is_tried_again(
             "give --annotations a file in which it has that name",
         ),
         ("--shards {web}/00000.tar --annotations a.json", 2, "--annotations goes with --images"),
+        ("--images {web} --out {web}/out", 2, "--out '{web}/out' lies inside --images '{web}'"),
+        ("--images {web} --out {web}/../web", 2, "--out '{web}/../web' lies inside --images '{web}'"),
         ("--shards {web}/00000.tar --keep 0", 2, "keep must be at least 1 (--keep)"),
         ("--shards {web}/00000.tar --top-p 1.5", 2, "top_p must be above 0 and at most 1 (--top-p)"),
         ("--shards {web}/00000.tar --captioner blip2", 2, "--captioner 'blip2': give NAME/TYPE[:CHECKPOINT]"),
@@ -414,6 +416,7 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == code, error
     assert message.format(web=tmp_path / "web") in error and error.startswith("error: ")
+    assert ended.value.code == 1 or not list(tmp_path.rglob("claims"))  # nothing is begun
 
 
 def test_another_job_in_the_same_folder_is_refused(

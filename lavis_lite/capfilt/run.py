@@ -61,6 +61,13 @@ class Place:
             for name in ("annotations", "no_tars", "group_by_image"):
                 if getattr(self, name):
                     raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
+        elif self.annotations is None:
+            images, out = (Path(given or ".").expanduser().resolve() for given in (self.images, self.out))
+            if out.is_relative_to(images):
+                raise ConfigError(
+                    f"--out '{self.out}' lies inside --images '{self.images}', whose files would then be others at the "
+                    "next start; choose a folder outside of it"
+                )
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
 
