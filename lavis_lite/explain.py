@@ -50,7 +50,7 @@ def explain_file(
         shown = read_image(image)
     except UnreadableSample as error:
         raise DataError(f"--image '{image}': {error.reason}") from error
-    built = build_recipe(recipe, True, str(choose_device(device)))
+    built = build_recipe(recipe, True, str(choose_device(device, where="--device")))
     vision, language = load_preprocess(recipe.preprocess)
     stack = vision["eval"](shown).expand(len(texts), -1, -1, -1)
     found: list[Explanation] = cast(Any, built).explain(

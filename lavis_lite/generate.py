@@ -133,7 +133,7 @@ def answer_files(
 def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:
     medium = Medium.of(place)
     paths = list(_files(images, medium))
-    device = str(choose_device(place.device))
+    device = str(choose_device(place.device, where="--device"))
     built, processors, texts = load_model_and_preprocess(model, None, True, device, place.checkpoint)
     speaker = Speaker(built, _question_processor(texts.get("eval")))
     if not hasattr(built, needs):

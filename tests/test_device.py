@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import save_picture
 
+from lavis_lite.cli import main
 from lavis_lite.common import device as dev
 from lavis_lite.common import dist
 from lavis_lite.common.errors import ConfigError
@@ -44,8 +46,28 @@ def test_a_device_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert dev.choose_device() == CPU
     for name, message in (("cuda:1", "finds no GPU"), ("mps", "no Apple GPU"), ("gpu", "not a device")):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=rf"^run\.device: .*{message}"):
             dev.choose_device(name)
+        with pytest.raises(ConfigError, match=f"^--device: (?!.*run).*{message}"):
+            dev.choose_device(name, where="--device")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate --model blip2_opt/shapes --image {}/0.jpg",
+        "answer --model blip2_opt/shapes --image {}/0.jpg --question what",
+        "explain --model blip2/shapes --image {}/0.jpg --text dog --out {}/page.html",
+        "index build --out {}/index --model blip2/shapes --images {}",
+    ],
+)
+def test_commands_name_their_own_argument(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_picture(tmp_path / "0.jpg", 0)
+    with pytest.raises(SystemExit):
+        main([*command.replace("{}", str(tmp_path)).split(), "--device", "gpu"])
+    assert "error: --device: 'gpu' is not a device; use auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

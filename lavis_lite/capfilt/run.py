@@ -133,7 +133,7 @@ def _try_again(job: Job) -> None:
 
 
 def _work(job: Job, place: Place, claims: Claims) -> None:
-    device = choose_device(place.device)
+    device = choose_device(place.device, where="--device")
     precision = choose_precision(place.precision, device)
     captioner = build_captioner(job.settings, device, precision)
     ranker = build_ranker(job.settings, device, precision)

@@ -23,9 +23,10 @@ BF16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 MAX_THREADS_CPU, MAX_THREADS_GPU = 32, 4
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", *, where: str = "run.device") -> torch.device:
     """The device a name means; `auto` takes CUDA (this process's own GPU), else Apple's MPS, else the CPU.
 
+    where: what messages call the setting that the name was given by.
     Raises ConfigError when the named device isn't there.
     """
     if name == "auto":
@@ -34,23 +35,17 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"run.device: '{name}' is not a device; use auto, cpu, cuda, cuda:<number> or mps"
+            f"{where}: '{name}' is not a device; use auto, cpu, cuda, cuda:<number> or mps"
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(
-                f"run.device: '{name}', but torch finds no GPU; run.device=auto takes what there is"
-            )
+            raise ConfigError(f"{where}: '{name}', but torch finds no GPU; auto takes what there is")
         index = dist.local_rank() if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"run.device: GPU {index} of {torch.cuda.device_count()}; run one process per GPU"
-            )
+            raise ConfigError(f"{where}: GPU {index} of {torch.cuda.device_count()}; run one process per GPU")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(
-            "run.device: 'mps', but torch finds no Apple GPU; run.device=auto takes what there is"
-        )
+        raise ConfigError(f"{where}: 'mps', but torch finds no Apple GPU; auto takes what there is")
     return device
 
 

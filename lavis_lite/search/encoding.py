@@ -102,7 +102,7 @@ def load_encoder(choice: ModelChoice, *, device: str = "auto", precision: str = 
 
     Raises ConfigError for a model without stage-1 features, and what `load_model` raises.
     """
-    where = choose_device(device)
+    where = choose_device(device, where="--device")
     checkpoint = choice.checkpoint
     if checkpoint is not None and not checkpoint.startswith(PREFIX):
         checkpoint = str(Path(checkpoint).expanduser().absolute())
