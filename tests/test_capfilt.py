@@ -394,6 +394,8 @@ def test_a_shard_that_fails_rests_before_it_is_tried_again(
             "give --annotations a file in which it has that name",
         ),
         ("--shards {web}/00000.tar --annotations a.json", 2, "--annotations goes with --images"),
+        ("--shards {web}/00000.tar --shard-size 9", 2, "--shard-size goes with --images, not with --shards"),
+        ("--images {web} --shard-size 0", 2, "--shard-size must be at least 1, got 0"),
         ("--images {web} --out {web}/out", 2, "--out '{web}/out' lies inside --images '{web}'"),
         ("--images {web} --out {web}/../web", 2, "--out '{web}/../web' lies inside --images '{web}'"),
         ("--shards {web}/00000.tar --keep 0", 2, "keep must be at least 1 (--keep)"),

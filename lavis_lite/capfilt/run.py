@@ -29,6 +29,7 @@ from lavis_lite.common.signals import StopSignals
 logger = get_logger(__name__)
 
 SETTINGS = "settings"
+SHARD_SIZE = 1000
 POLL_SECONDS = 0.1
 
 
@@ -36,7 +37,8 @@ POLL_SECONDS = 0.1
 class Place:
     """Where pictures come from, where captions go, and on what: the command's other arguments.
 
-    images and annotations, or shards; see `ImageFolder` and `TarShards`. no_tars: annotations.jsonl alone.
+    images and annotations, or shards; see `ImageFolder` and `TarShards`. shard_size: of images; None: SHARD_SIZE.
+    no_tars: annotations.jsonl alone.
     skip_unreadable_shards: shards that can't be read are no failure, and those given up are not tried again.
     """
 
@@ -46,7 +48,7 @@ class Place:
     annotations: str | None = None
     caption_field: str | None = None
     group_by_image: bool = False
-    shard_size: int = 1000
+    shard_size: int | None = None
     no_tars: bool = False
     batch_size: int = 16
     device: str = "auto"
@@ -58,10 +60,10 @@ class Place:
     def check(self) -> None:
         """Raise ConfigError for arguments that don't go together."""
         if self.shards is not None:
-            for name in ("annotations", "no_tars", "group_by_image"):
-                if getattr(self, name):
+            for name in ("annotations", "no_tars", "group_by_image", "shard_size"):
+                if getattr(self, name) not in (None, False):
                     raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
-        elif self.annotations is None:
+        elif not self.annotations:
             images, out = (Path(given or ".").expanduser().resolve() for given in (self.images, self.out))
             if out.is_relative_to(images):
                 raise ConfigError(
@@ -78,7 +80,7 @@ class Place:
         return ImageFolder(
             Path(self.images or ".").expanduser(),
             Path(self.annotations).expanduser() if self.annotations else None,
-            shard_size=self.shard_size,
+            shard_size=SHARD_SIZE if self.shard_size is None else self.shard_size,
             caption_field=self.caption_field,
             group_by_image=self.group_by_image,
         )

@@ -53,9 +53,7 @@ def capfilt_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite c
     source.add_argument("--group-by-image", action="store_true", help="the file has several rows a picture")
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, metavar="DIR", help="where the shards go")
-    output.add_argument(
-        "--shard-size", type=int, default=1000, metavar="N", help="of --images: pictures a shard"
-    )
+    output.add_argument("--shard-size", type=int, metavar="N", help="of --images: pictures a shard; 1000")
     output.add_argument("--no-tars", action="store_true", help="of --images: annotations.jsonl alone")
     how = parser.add_argument_group("captions")
     how.add_argument(
