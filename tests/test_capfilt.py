@@ -187,6 +187,22 @@ def test_what_is_known_of_a_picture_goes_on_into_the_output(tmp_path: Path) -> N
         assert "caption" not in written and set(written["source"]) <= {"web", "synthetic"}
 
 
+def test_which_member_is_the_picture_may_be_said(tmp_path: Path) -> None:
+    """By default it is the first that is one of a picture, which here is a mask."""
+    mask, photo = jpeg_bytes(1), jpeg_bytes(2)
+    samples = [("0", {"mask.jpg": mask, "jpeg": mask, "photo.jpg": photo}), ("1", {"jpeg": mask})]
+    path = write_shard(tmp_path / "web/0.tar", samples)
+    for shards in (str(path), f"pipe:cat {path}"):
+        out = tmp_path / f"out{len(shards)}"
+        capfilt("--shards", shards, "--image", "photo.jpg", *MODELS, "--out", str(out))
+        assert {key: sample["jpg"] for key, sample in read_shard(out / "000000.tar").items()} == {"0": photo}
+        tally = json.loads((out / "summary.json").read_text())["tally"]
+        assert tally["reasons"] == {"no .photo.jpg among its members (jpeg)": 1}
+        with pytest.raises(SystemExit) as ended:  # other pictures are another job
+            capfilt("--shards", shards, "--image", "jpeg", *MODELS, "--out", str(out))
+        assert ended.value.code == 2
+
+
 def test_rows_of_a_folder_keep_pictures_without_a_caption(tmp_path: Path) -> None:
     annotations = make_jsonl(tmp_path, 5, captions=2, image_id=7)
     with annotations.open("a") as file:
@@ -395,6 +411,7 @@ def test_a_shard_that_fails_rests_before_it_is_tried_again(
         ),
         ("--shards {web}/00000.tar --annotations a.json", 2, "--annotations goes with --images"),
         ("--shards {web}/00000.tar --shard-size 9", 2, "--shard-size goes with --images, not with --shards"),
+        ("--images {web} --image jpg", 2, "--image goes with --shards, not with --images"),
         ("--images {web} --shard-size 0", 2, "--shard-size must be at least 1, got 0"),
         ("--images {web} --out {web}/out", 2, "--out '{web}/out' lies inside --images '{web}'"),
         ("--images {web} --out {web}/../web", 2, "--out '{web}/../web' lies inside --images '{web}'"),

@@ -151,19 +151,22 @@ class TarShards:
     """Shards in webdataset's layout; a piece is one of them.
 
     pattern: paths, with {000..123}, * and ~ and several joined by ::, pipe: commands and http(s) addresses among them.
+    image: the extension of the picture's member; None: the first that is one of a picture.
     caption_field: of the json member; by default captions, caption or text, and else the txt member, of which each
         line is one.
     """
 
-    def __init__(self, pattern: str, *, caption_field: str | None = None) -> None:
+    def __init__(self, pattern: str, *, image: str | None = None, caption_field: str | None = None) -> None:
         self.urls = expand(pattern)
-        self.form = SampleForm(fields=Fields(caption=caption_field))
+        self.form = SampleForm(image, fields=Fields(caption=caption_field))
         missing = [url for url in self.urls if is_local(url) and not Path(url).is_file()]
         if missing:
             raise DataError(
                 f"--shards '{pattern}': {len(missing)} of {len(self.urls)} shards are not there, e.g. '{missing[0]}'"
             )
         self.about = {"shards": self.urls, "caption_field": caption_field}
+        if image is not None:  # jobs of before there was a choice go on
+            self.about["image"] = image
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -239,7 +242,8 @@ def _item(
     name = f"{shard}, {key}"
     picture = form.picture(members)
     if picture is None:
-        return Item(key, name, problem=f"no picture among its members ({', '.join(members)})")
+        wanted = f"no .{form.image}" if form.image else "no picture"
+        return Item(key, name, problem=f"{wanted} among its members ({', '.join(members)})")
     try:
         captions, about = form.told(name, members, read)
         return Item(key, name, read(picture), captions, about)

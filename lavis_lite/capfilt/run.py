@@ -46,6 +46,7 @@ class Place:
     images: str | None = None
     shards: str | None = None
     annotations: str | None = None
+    image: str | None = None
     caption_field: str | None = None
     group_by_image: bool = False
     shard_size: int | None = None
@@ -63,6 +64,8 @@ class Place:
             for name in ("annotations", "no_tars", "group_by_image", "shard_size"):
                 if getattr(self, name) not in (None, False):
                     raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
+        elif self.image is not None:
+            raise ConfigError("--image goes with --shards, not with --images")
         elif not self.annotations:
             images, out = (Path(given or ".").expanduser().resolve() for given in (self.images, self.out))
             if out.is_relative_to(images):
@@ -76,7 +79,7 @@ class Place:
     def inputs(self) -> Inputs:
         """What is to be read."""
         if self.shards is not None:
-            return TarShards(self.shards, caption_field=self.caption_field)
+            return TarShards(self.shards, image=self.image, caption_field=self.caption_field)
         return ImageFolder(
             Path(self.images or ".").expanduser(),
             Path(self.annotations).expanduser() if self.annotations else None,

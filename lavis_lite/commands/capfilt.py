@@ -49,6 +49,7 @@ def capfilt_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite c
     source.add_argument(
         "--annotations", metavar="FILE", help="of --images; by default .txt files beside the pictures, if any"
     )
+    source.add_argument("--image", metavar="EXT", help="of --shards: the extension of the picture's member")
     source.add_argument("--caption-field", metavar="NAME", help="the captions' name, if it is unusual")
     source.add_argument("--group-by-image", action="store_true", help="the file has several rows a picture")
     output = parser.add_argument_group("output")
