@@ -36,8 +36,8 @@ SETTINGS = (
 def capfilt_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite capfilt") -> None:
     """Caption web pictures, rank those captions with the web's own, keep the best: shards to train on.
 
-    Give the same command to as many processes as there are devices, on any machines that see OUT, or to torchrun; give
-    it again after a crash. Nothing is done twice.
+    Give the same command to a process for each device (--device cuda:0, cuda:1, ...), on any machines that see OUT, or
+    to torchrun; give it again after a crash. Nothing is done twice.
     """
     parser = argparse.ArgumentParser(prog=prog, description=capfilt_main.__doc__)
     source = parser.add_argument_group("input")
