@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_helpers import make_jsonl, save_picture
-from shard_helpers import write_shards
+from shard_helpers import jpeg, sample, write_shards
 
 from lavis_lite.commands.data import data_main
 from lavis_lite.common.config import PRESETS, read_yaml
@@ -108,6 +108,21 @@ def test_missing_pictures_and_wrong_counts_are_told(cache: Path, capsys: pytest.
     assert lines[0] == "nocaps val: 6 rows, there should be 4,500, 4 of 5 pictures looked for are there"
     assert lines[1] == f"nocaps val: missing, for example {cache}/nocaps/val/3.jpg"
     assert lines[2].startswith("nocaps val: 1 rows can't be used, for example ")
+
+
+def test_rows_that_cannot_be_used_are_counted_among_all_and_not_those_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(
+        tmp_path, 2, 5, make=lambda number: sample(number) if number % 2 == 0 else {"jpg": jpeg(number)}
+    )
+    own = {"builder": "shards", "train": {"shards": f"{tmp_path}/*.tar"}}
+    (tmp_path / "own.yaml").write_text(json.dumps({"datasets": {"own": own}}))
+    monkeypatch.setattr("lavis_lite.datasets.layout.SPREAD", 5)  # so every second row, each of them good
+    assert check(str(tmp_path / "own.yaml")) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "own train: 10 rows, 5 of 5 pictures looked for are there"
+    assert lines[1].startswith("own train: 5 rows can't be used, for example ") and "000000001" in lines[1]
 
 
 def test_what_is_whole_passes(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

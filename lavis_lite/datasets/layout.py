@@ -28,8 +28,8 @@ class SplitLayout:
 
     problem: why it can't be read at all. rows: found. exact, published: how many there should be, or were once; None
     where that isn't known. uncounted: why it isn't. streamed: shards of a stream, which has no rows. looked_for: rows
-    whose picture was looked for. missing: paths of those that aren't there. unusable: why rows can't be used, such as
-    an empty caption. files: what its rows show.
+    whose picture was looked for. missing: paths of those that aren't there. unusable: rows that can't be used. example:
+    why one of them can't, such as an empty caption. files: what its rows show.
     """
 
     split: str
@@ -41,7 +41,8 @@ class SplitLayout:
     streamed: int | None = None
     looked_for: int = 0
     missing: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
+    unusable: int = 0
+    example: str | None = None
     files: str = "pictures"
 
     @property
@@ -71,9 +72,7 @@ class SplitLayout:
         lines = [f"{self.split}: {', '.join(told)}"]
         lines += [f"{self.split}: missing, for example {path}" for path in self.missing[:3]]
         if self.unusable:
-            lines.append(
-                f"{self.split}: {len(self.unusable):,} rows can't be used, for example {self.unusable[0]}"
-            )
+            lines.append(f"{self.split}: {self.unusable:,} rows can't be used, for example {self.example}")
         return lines
 
 
@@ -98,7 +97,8 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
             found.rows = len(dataset)
             if isinstance(dataset, ImageTextDataset):
                 found.files = "pictures" if has_picture_files(dataset) else "clips"
-                _look_through(dataset, found, all_rows=all_rows)
+                found.unusable, found.example = dataset.problems()
+                _look_for_files(dataset, found, all_rows=all_rows)
         yield found
 
 
@@ -126,12 +126,10 @@ def _rows_of(section: Mapping[str, Any], split: str) -> Any:
     return kept, section.get("limit")
 
 
-def _look_through(dataset: ImageTextDataset, found: SplitLayout, *, all_rows: bool) -> None:
+def _look_for_files(dataset: ImageTextDataset, found: SplitLayout, *, all_rows: bool) -> None:
     step = 1 if all_rows else max(1, len(dataset) // SPREAD)
     for row in range(0, len(dataset), step):
-        problem = dataset.record(row).problem
-        if problem is not None:
-            found.unusable.append(problem)
+        if dataset.record(row).problem is not None:
             continue
         found.looked_for += 1
         path = dataset.image_path(row)
