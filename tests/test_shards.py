@@ -18,12 +18,15 @@ from shard_helpers import jpeg, number_in, sample, section, write_shards
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.builders import build_datasets
+from lavis_lite.datasets.images import decode_image
 from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.datasets.order import mixed
+from lavis_lite.datasets.shard_check import check_shards, check_streams
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_urls import expand
 from lavis_lite.datasets.shards import index_path, read_index, rows_of_shards, scan_shard, write_index
 from lavis_lite.datasets.tar_members import Address, read_member, samples_of, split_name
+from lavis_lite.datasets.tar_streams import stream_samples
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +184,32 @@ def test_long_names_and_odd_members(tmp_path: Path) -> None:
     data = build(str(tmp_path / "long.tar"))
     assert data[0]["captions"] == ["größer"] and len(data) == 1
     assert split_name("a.b/c.seg.PNG") == ("a.b/c", "seg.png") and split_name("a.b/c") is None
+
+
+@pytest.mark.parametrize("second", [("jpg", "json"), ("json", "jpg"), ("jpg", "txt")])
+def test_neighbours_with_one_key_are_two_samples(tmp_path: Path, second: tuple[str, str]) -> None:
+    texts = [json.dumps({"caption": "one"}).encode(), b"two" if "txt" in second else b'{"caption": "two"}']
+    shard = tmp_path / "00000.tar"
+    with tarfile.open(shard, "w") as archive:
+        for number, extensions in enumerate((("jpg", "json"), second)):
+            for extension in extensions:
+                data = jpeg(number) if extension == "jpg" else texts[number]
+                info = tarfile.TarInfo(f"000.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    data = build(str(shard))
+    assert [data[row]["captions"] for row in range(len(data))] == [["one"], ["two"]]
+    pictures = [data.image(row).tobytes() for row in range(2)]
+    assert pictures == [decode_image(io.BytesIO(jpeg(number)), "").tobytes() for number in range(2)]
+    streamed = [set(sample.members) for sample in stream_samples(f"pipe:cat {shard}")]
+    assert streamed == [{"jpg", "json"}, set(second)]
+    members = [sample.members["jpg"] for sample in stream_samples(f"pipe:cat {shard}")]
+    assert members == [jpeg(0), jpeg(1)]
+    for report in (
+        *check_shards([str(shard)], SampleForm()),
+        *check_streams([f"pipe:cat {shard}"], SampleForm()),
+    ):
+        assert report.samples == 2 and report.bad == ["sample 000: its key comes 2 times"]
 
 
 def test_the_index_beside_a_shard_is_used_while_it_fits(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lavis_lite.datasets.readers import Asked, Fields, Row
 logger = logging.getLogger(__name__)
 
 # Raised when the table's layout or the meaning of a format changes, so that old tables are not read.
-LAYOUT = 5
+LAYOUT = 6
 ROWS_PER_BATCH = 16384
 QUESTION = pa.struct(
     [

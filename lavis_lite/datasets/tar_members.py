@@ -1,7 +1,8 @@
 """Tar shards as random access: where each member lies, and reading one without the others.
 
 A shard is an uncompressed tar in webdataset's layout: members with the same key, the name up to the first dot
-of its last part, follow each other and make one sample (`000.jpg`, `000.json`).
+of its last part, follow each other and make one sample (`000.jpg`, `000.json`). An extension that comes again under its
+key begins another one: else it would have one picture and the captions of another.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def samples_of(path: Path) -> Iterator[Sample]:
             yield from [current] if current else []
             raise UnreadableSample(str(path), f"it ends within member {member.name}")
         key, extension = named
-        if current is None or current.key != key:
+        if current is None or current.key != key or extension in current.members:
             yield from [current] if current else []
             current = Sample(key)
         current.members[extension] = Address(str(path), member.name, member.offset_data, member.size)

@@ -71,7 +71,7 @@ def _samples(source: _Source) -> Generator[StreamSample, None, str | None]:
                 if named is None:
                     continue
                 key, extension = named
-                if current is None or current.key != key:
+                if current is None or current.key != key or extension in current.members:
                     yield from [current] if current else []
                     current = StreamSample(key, {})
                 current.members[extension] = archive.extractfile(member).read()
