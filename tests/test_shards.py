@@ -76,6 +76,9 @@ def test_shards_give_what_their_files_would(tmp_path: Path) -> None:
         ({"txt": b"ignored", "json": b'{"caption": "one"}'}, ["one"]),
         ({"txt": b"web", "json": b'{"url": "x", "width": 3}'}, ["web"]),
         ({"json": b'{"caption": "web", "captions": ["one", "two"]}'}, ["one", "two"]),
+        ({"json": b'{"caption": "web", "captions": []}', "txt": b"ignored"}, ["web"]),
+        ({"json": b'{"captions": []}', "txt": b"web"}, ["web"]),
+        ({"json": b'{"caption": "", "text": " "}', "txt": b"web"}, ["web"]),
     ],
 )
 def test_captions_come_from_json_or_txt(

@@ -64,11 +64,11 @@ class SampleForm:
         """
         about = _json(read("json"), place) if "json" in extensions else {}
         names = (self.fields.caption,) if self.fields.caption else CAPTION_NAMES
-        captions = next((about[name] for name in names if about.get(name) is not None), None)
-        if captions is None and "txt" in extensions:
-            captions = _text(read("txt"), place).splitlines()
+        texts = next(filter(None, (_texts(about.get(name), place) for name in names)), [])
+        if not texts and "txt" in extensions:
+            texts = _texts(_text(read("txt"), place).splitlines(), place)
         rest = {name: value for name, value in about.items() if name not in names}
-        return _texts(captions, place), rest
+        return texts, rest
 
 
 def _texts(captions: Any, place: str) -> list[str]:
