@@ -202,6 +202,14 @@ def test_folder_of_pictures_with_text_beside_them(tmp_path: Path) -> None:
     assert found["1.jpg"].captions == ["first", "second"]
     assert f"{root / 'latin.txt'} is not valid UTF-8 (byte 1)" in (found["latin.jpg"].problem or "")
     assert "no caption file" in (found["no_text.jpg"].problem or "")
+    # Other files in it, which a viewer or a run leaves there, make no other table; a picture does.
+    before = open_records(source).path
+    (root / "Thumbs.db").write_bytes(b"")
+    (root / "b" / "results.json").write_text("{}")
+    assert open_records(source).path == before
+    save_picture(root / "z.jpg")
+    assert open_records(source).path != before
+    (root / "z.jpg").unlink()
     # An edited text is noticed although its folder's time stays.
     (root / "latin.txt").write_text("kitten", encoding="utf-8")
     assert [record.captions for record in open_records(source)][1] == ["kitten"]

@@ -25,7 +25,7 @@ def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[
     for relative, names in _walk(root):
         texts = {name for name in names if name.endswith(".txt")}
         for name in sorted(names - texts):
-            if os.path.splitext(name)[1].lower() not in SUFFIXES:
+            if not _is_picture(name):
                 continue
             pictures += 1
             text = os.path.splitext(name)[0] + ".txt"
@@ -46,10 +46,10 @@ def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[
 
 
 def fingerprint(root: Path) -> str:
-    """Changes when a picture comes or goes, and when a .txt file is edited."""
+    """Changes when a picture or a .txt file comes or goes, and when a .txt file is edited; other files don't count."""
     digest = hashlib.sha256()
     for relative, names in _walk(root):
-        for name in sorted(names):
+        for name in sorted(name for name in names if _is_picture(name) or name.endswith(".txt")):
             path = os.path.join(relative, name)
             digest.update(os.fsencode(path) + b"\0")
             if name.endswith(".txt"):
@@ -57,6 +57,10 @@ def fingerprint(root: Path) -> str:
                     status = os.stat(os.path.join(root, path))
                     digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _walk(root: Path) -> Iterator[tuple[str, set[str]]]:
