@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import DataError
-from lavis_lite.datasets.readers import Row, is_selected, load_json, need_field, numbered
+from lavis_lite.datasets.readers import Row, is_selected, load_json, need_field, numbered, read_text
 from lavis_lite.datasets.records import Source
+
+logger = logging.getLogger(__name__)
 
 CLIP_NAME = "{video_id}.mp4"
 
@@ -34,10 +37,7 @@ class ClipSource(Source):
         """One row a clip (`msrvtt`, `msvd`), else as of `Source`. Raises DataError with file, place and remedy."""
         own = {"msrvtt": self._msrvtt, "msvd": self._msvd}.get(self.format)
         rows = own() if own else super().rows()
-        if self.names is None:
-            return rows
-        wanted = set(self.names.read_text(encoding="utf-8").split())
-        return (row for row in rows if wanted & {row.image, Path(row.image).stem})
+        return rows if self.names is None else _named(rows, self.names, self.where)
 
     def _msrvtt(self) -> Iterator[Row]:
         """MSR-VTT's `videos` (video_id, split, category) and `sentences` (video_id, caption)."""
@@ -59,7 +59,7 @@ class ClipSource(Source):
         """MSVD's AllVideoDescriptions.txt: a clip's name, a blank, a caption; clips by first appearance."""
         assert self.annotations is not None
         captions: dict[str, list[str]] = {}
-        for line in self.annotations.read_text(encoding="utf-8-sig").splitlines():
+        for line in read_text(self.annotations).splitlines():
             name, blank, caption = line.strip().partition(" ")
             if blank and not name.startswith("#"):
                 captions.setdefault(name, []).append(caption.strip())
@@ -75,6 +75,23 @@ class ClipSource(Source):
                 f"'{CLIP_NAME}', say"
             ) from error
         return Row(name, captions, number, None if captions else f"{self.path}: clip {number} has no caption")
+
+
+def _named(rows: Iterator[Row], names: Path, where: str) -> Iterator[Row]:
+    """The rows whose clip a file names, one a line: by its path, its file name, or that without its suffix."""
+    wanted = {line.strip() for line in read_text(names).splitlines()} - {""}
+    missing = set(wanted)
+    for row in rows:
+        clip = Path(row.image)
+        found = wanted & {row.image, clip.name, clip.stem}
+        missing -= found
+        if found:
+            yield row
+    if missing:
+        logger.warning(
+            "%s: %d of %d names are of no clip that %s tells of, for example '%s'",
+            *(names, len(missing), len(wanted), where, min(missing)),
+        )
 
 
 def _lists_of(path: Path, content: Any) -> tuple[list[Any], list[Any]]:

@@ -218,9 +218,14 @@ def _grouped(
 # --- json ---------------------------------------------------------------------------------------------------
 
 
+def read_text(path: Path) -> str:
+    """A whole file's text, without the mark that some editors begin UTF-8 with; DataError for what isn't UTF-8."""
+    return _decode(path, path.read_bytes())
+
+
 def load_json(path: Path, *, lines_too: bool) -> Any:
     """A json file's content; None when it holds several values in a row (`lines_too`), as jsonl files do."""
-    text = _decode(path, path.read_bytes())
+    text = read_text(path)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
