@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from data_helpers import make_jsonl, warnings_logged
-from shard_helpers import jpeg, sample, section, write_shards
+from shard_helpers import jpeg, number_in, sample, section, write_shards
 
 from lavis_lite.commands.shards import shards_main
 from lavis_lite.common.locks import locked
@@ -25,6 +25,7 @@ from lavis_lite.common.logging import duration
 from lavis_lite.datasets import shard_writer
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.named import build_named_split
+from lavis_lite.datasets.tar_streams import stream_samples
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -106,6 +107,45 @@ def test_shards_can_be_cut_anew(source: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "ten").glob("*.tar"))) == 3
     assert [first[row]["captions"] for row in range(23)] == [second[row]["captions"] for row in range(23)]
     assert first.image(7).tobytes() == second.image(7).tobytes()
+
+
+@pytest.mark.parametrize("picture", ["jpg", "png"])  # before and after the .json in the tar
+@pytest.mark.parametrize("options", [[], ["--shuffle", "3"]])
+def test_shards_that_are_cut_anew_keep_what_else_they_hold(
+    tmp_path: Path, picture: str, options: list[str]
+) -> None:
+    def make_one(number: int) -> dict[str, bytes]:
+        about = {
+            "text": [f"row {number}"] * 2,
+            "url": f"http://{number}",
+            "scores": [number],
+            "image_id": number,
+        }
+        if number == 4:
+            return {picture: jpeg(number), "txt": b"row 4\nrow 4"}
+        extra = {"cls": str(number).encode(), "seg.png": jpeg(number + 50), "gif": b"other", "txt": b"alt"}
+        return {picture: jpeg(number), "json": json.dumps(about).encode(), **extra}
+
+    write_shards(tmp_path / "web", 2, 6, make=make_one)
+    again = tmp_path / "again.yaml"
+    image = {"image": picture, "split_captions": True}
+    again.write_text(json.dumps({"datasets": {"again": section(f"{tmp_path}/web/*.tar", **image)}}))
+    make(again, tmp_path / "out", *options)
+    samples = [
+        sample for shard in sorted((tmp_path / "out").glob("*.tar")) for sample in stream_samples(str(shard))
+    ]
+    numbers = []
+    for _, members in samples:
+        about = json.loads(members["json"])
+        numbers.append(number := number_in(about["captions"][0]))
+        assert members[picture] == jpeg(number) and about["captions"] == [f"row {number}"]
+        if number == 4:
+            assert set(members) == {picture, "json", "txt"} and set(about) <= {"captions", "image_id"}
+            continue
+        assert set(members) == {picture, "json", "txt", "cls", "seg.png"}
+        assert (members["cls"], members["seg.png"]) == (str(number).encode(), jpeg(number + 50))
+        assert (about["url"], about["scores"], about["image_id"]) == (f"http://{number}", [number], number)
+    assert sorted(numbers) == sorted([*range(12)] * 2) and (numbers == sorted(numbers)) == (not options)
 
 
 def test_numbers_groups_and_questions_are_kept(tmp_path: Path) -> None:

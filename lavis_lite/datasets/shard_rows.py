@@ -62,7 +62,7 @@ class SampleForm:
 
         Arguments as of `row`. Raises UnreadableSample for texts that are broken.
         """
-        about = _json(read("json"), place) if "json" in extensions else {}
+        about = read_json(read("json"), place) if "json" in extensions else {}
         names = (self.fields.caption,) if self.fields.caption else CAPTION_NAMES
         texts = next(filter(None, (_texts(about.get(name), place) for name in names)), [])
         if not texts and "txt" in extensions:
@@ -102,7 +102,8 @@ def _text(data: bytes, place: str) -> str:
         raise UnreadableSample(place, f"its text is not valid UTF-8 (byte {error.start})") from error
 
 
-def _json(data: bytes, place: str) -> dict[str, Any]:
+def read_json(data: bytes, place: str) -> dict[str, Any]:
+    """The fields of a .json member; UnreadableSample for a broken one."""
     try:
         about = json.loads(_text(data, place))
     except (ValueError, RecursionError) as error:

@@ -26,9 +26,9 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.images import SUFFIXES, read_bytes
 from lavis_lite.datasets.order import ORDER, permuted, seed_of
-from lavis_lite.datasets.records import Record
+from lavis_lite.datasets.shard_rows import PICTURES, read_json
 from lavis_lite.datasets.shards import in_processes, read_index, write_index
-from lavis_lite.datasets.tar_members import Address, split_name
+from lavis_lite.datasets.tar_members import Address, read_member, sample_of, split_name
 
 logger = logging.getLogger(__name__)
 
@@ -226,17 +226,17 @@ def _write_tar(
         wds.TarWriter(file, encoder=False, compress=False, mtime=0) as writer,
     ):
         for row in rows:
-            record = dataset.record(row)
             try:
-                members = _members(record, dataset.image_path(row))
+                members = _members(dataset, row)
             except UnreadableSample as error:
                 failures.append((error.path, error.reason))
                 continue
             writer.write({"__key__": f"{row:09}", **members})
 
 
-def _members(record: Record, path: str) -> dict[str, bytes]:
+def _members(dataset: ImageTextDataset, row: int) -> dict[str, bytes]:
     """The members of a row's sample; UnreadableSample for a row without captions, question or a picture's bytes."""
+    record, path = dataset.record(row), dataset.image_path(row)
     if record.problem is not None or not (record.captions or record.question):
         raise UnreadableSample(path, record.problem or "it has no caption")
     about: dict[str, Any] = {"captions": record.captions} if record.captions else {}
@@ -246,7 +246,31 @@ def _members(record: Record, path: str) -> dict[str, bytes]:
     if record.question is not None:
         asked = asdict(record.question)
         about.update(question=asked.pop("text"), question_id=json.loads(asked.pop("id")), **asked)
-    return {_extension(path): read_bytes(path), "json": json.dumps(about).encode()}
+    others, told = _beside(dataset, row)
+    # What is written of the row first, and in the place of fields with these names.
+    fields = {**about, **told, **about}
+    return {**others, _extension(path): read_bytes(path), "json": json.dumps(fields).encode()}
+
+
+def _beside(dataset: ImageTextDataset, row: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What a row of a shard has there beside its picture: other members, and the fields of its .json.
+
+    Without other pictures, one of which would be taken for the row's own. Nothing for a row of files.
+    """
+    address = Address.parse(dataset.image_path(row))
+    if address is None:
+        return {}, {}
+    before = row - 1  # rows of one picture, a caption each, are neighbours
+    while before > 0 and dataset.image_path(before) == str(address):
+        before -= 1
+    sample = sample_of(address, Address.parse(dataset.image_path(before)) if before >= 0 else None)
+    others = {
+        extension: read_member(member)
+        for extension, member in sample.members.items()
+        if member.offset != address.offset and extension not in PICTURES
+    }
+    told = others.pop("json", None)
+    return others, {} if told is None else read_json(told, str(address))
 
 
 def _extension(path: str) -> str:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from lavis_lite.datasets.base import UnreadableSample
 
@@ -85,13 +85,14 @@ def read_member(address: Address) -> bytes:
     return content
 
 
-def samples_of(path: Path) -> Iterator[Sample]:
+def samples_of(path: Path, start: int = 0) -> Iterator[Sample]:
     """The samples of a shard in their order, from its headers alone: contents are skipped, not read.
 
+    start: the place of a member's header, to leave out what is before it.
     Raises UnreadableSample at the place where the file breaks off or isn't a tar, after all samples before it.
     """
     size, current = os.path.getsize(path), None
-    for member in _members(path):
+    for member in _members(path, start):
         named = key_and_extension(member)
         if named is None:
             continue
@@ -106,11 +107,24 @@ def samples_of(path: Path) -> Iterator[Sample]:
     yield from [current] if current else []
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+def sample_of(address: Address, before: Address | None = None) -> Sample:
+    """The sample that a member belongs to; UnreadableSample where it isn't in the shard.
+
+    before: a member of an earlier sample, if one is known: a tar is read forwards only, and this saves the way from its
+    beginning. One of another shard is none.
+    """
+    known = before is not None and before.tar == address.tar and before.offset < address.offset
+    for sample in samples_of(Path(address.tar), before.offset - BLOCK if before is not None and known else 0):
+        if any(member.offset == address.offset for member in sample.members.values()):
+            return sample
+    raise UnreadableSample(str(address), "the shard was changed after its members were looked up")
+
+
+def _members(path: Path, start: int) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar; UnreadableSample where they are broken or end without an end-of-archive block."""
     name = "its first member"
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=_at(file, start), mode="r:") as archive:
             while (member := archive.next()) is not None:
                 name = f"member {member.name}"
                 yield member
@@ -120,6 +134,11 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
     except (tarfile.TarError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableSample(str(path), f"broken after {name}: {reason}") from error
+
+
+def _at(file: BinaryIO, place: int) -> BinaryIO:
+    file.seek(place)
+    return file
 
 
 def _ends_properly(path: Path, offset: int) -> bool:
