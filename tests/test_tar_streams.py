@@ -102,6 +102,11 @@ def test_a_connection_that_breaks_gives_all_before_the_break(
     assert count == COUNTS[place] and ("broken after member" in reason or "cut off after member" in reason)
 
 
+def test_an_address_may_have_brackets_and_braces(server: _Server) -> None:
+    server.cut = len(server.content)
+    assert read(f"http://127.0.0.1:{server.server_port}/web[a]/{{b}}/00000.tar?part=[1]") == (SAMPLES, "")
+
+
 @pytest.mark.parametrize("place", list(COUNTS))
 def test_a_command_that_is_cut_is_never_whole(shard: Path, place: str) -> None:
     url = f"pipe:head -c {cut_places(shard)[place]} {shard}"

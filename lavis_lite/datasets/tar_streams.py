@@ -20,7 +20,8 @@ CHUNK = 1 << 16
 STALL_SECONDS = 120.0
 # curl retries only before the first byte (later ones would come twice), and gives up before the limit above.
 CURL = (
-    *("curl", "--fail", "--silent", "--show-error", "--location"),
+    # --globoff: brackets and braces in an address are its own; what stands for several shards is expanded before.
+    *("curl", "--fail", "--silent", "--show-error", "--location", "--globoff"),
     *("--connect-timeout", "30", "--retry", "30", "--retry-delay", "2", "--retry-max-time", "60"),
 )
 CURL_SCHEMES = ("http://", "https://", "ftps://", "sftp://", "scp://")
