@@ -172,6 +172,14 @@ def test_the_generator_moves_on_as_by_one_picture() -> None:
     assert torch.equal(after, torch.rand(3))
 
 
+def test_an_unknown_sampling_is_refused_without_a_configuration_too() -> None:
+    message = "sampling: 'headtails' is none of uniform, random, headtail; did you mean 'headtail'"
+    with pytest.raises(ConfigError, match=message):
+        VideoProcessor(sampling="headtails", frames=EVAL)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        frame_numbers(10, 2, "headtails")  # type: ignore[arg-type]
+
+
 def test_configuration_mistakes_name_the_key() -> None:
     assert registry.get_processor_class("video") is VideoProcessor
     for section, message in (

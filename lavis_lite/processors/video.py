@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from lavis_lite.common.errors import MissingDependencyError
+from lavis_lite.common.errors import ConfigError, MissingDependencyError, closest
 from lavis_lite.common.registry import registry
 from lavis_lite.processors import build_processor
 
@@ -44,7 +44,8 @@ class VideoProcessor:
             choices must come from torch's global generator, as those of all shipped ones do: every frame begins
             from the same state of it.
 
-    Raises UnreadableClip from a call, MissingDependencyError where decord isn't installed.
+    Raises ConfigError for an unknown sampling; from a call UnreadableClip, and MissingDependencyError without
+    decord.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class VideoProcessor:
     ) -> None:
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        _check(sampling)
         self.num_frames = num_frames
         self.sampling: Sampling = sampling
         self.frames = build_processor(
@@ -120,8 +122,9 @@ def frame_numbers(total: int, count: int, sampling: Sampling = "uniform") -> lis
         random: any frame of each of `count` equal parts.
         headtail: half of them (the larger half) anywhere in the clip's first half, the rest anywhere in its second.
 
-    Random choices come from torch's global generator.
+    Random choices come from torch's global generator. Raises ConfigError for another sampling.
     """
+    _check(sampling)
     if sampling == "headtail":
         middle = (total + 1) // 2
         head = (count + 1) // 2
@@ -131,6 +134,14 @@ def frame_numbers(total: int, count: int, sampling: Sampling = "uniform") -> lis
     return [
         min(total - 1, int((part + within) * total / count)) for part, within in enumerate(place.tolist())
     ]
+
+
+def _check(sampling: str) -> None:
+    if sampling not in SAMPLINGS:
+        hint = closest(sampling, SAMPLINGS)
+        raise ConfigError(
+            f"sampling: '{sampling}' is none of {', '.join(SAMPLINGS)}" + (f"; {hint}" if hint else "")
+        )
 
 
 def _anywhere(first: int, end: int, count: int) -> list[int]:
