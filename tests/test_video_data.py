@@ -71,6 +71,24 @@ def test_a_folder_of_clips_with_a_jsonl(tmp_path: Path) -> None:
     assert data.image(0).getpixel((0, 0)) != data.image(0).getpixel((63, 47))
 
 
+def test_a_folder_of_clips_with_text_beside_them(tmp_path: Path) -> None:
+    own_clips(tmp_path)
+    with pytest.raises(DataError, match=r"clips: 3 clips and none with a \.txt file beside it"):
+        build(tmp_path, images="clips")
+    (tmp_path / "clips" / "0.txt").write_text("a dog\n\na hound\n")
+    (tmp_path / "clips" / "2.txt").write_text("a cat")
+    (tmp_path / "clips" / "2.jpg").write_bytes(b"a still")  # no row of its own
+    data = build(tmp_path, images="clips")
+    assert [data.captions(row) for row in range(len(data))] == [["a dog", "a hound"], [], ["a cat"]]
+    assert data.load(0, seed=0)["video"].shape == (4, 3, 8, 8) and data.problems()[0] == 1
+    (tmp_path / "clips" / "z.txt").write_text("a bird")
+    save_clip(tmp_path / "clips" / "z.MP4")
+    assert len(build(tmp_path, images="clips")) == 4
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"none: no clips; set datasets\.own\.train\.annotations"):
+        build(tmp_path, images="none")
+
+
 def test_names_are_lines_and_those_of_no_clip_are_told(tmp_path: Path) -> None:
     rows = [{"video": f"{name}.mp4", "caption": name} for name in ("my clip", "deep/b", "c", "d", "clip")]
     write_rows(tmp_path / "rows.jsonl", rows)
@@ -100,6 +118,34 @@ def test_questions_about_clips_from_a_csv(tmp_path: Path) -> None:
     assert sorted(batch) == ["image_id", "index", "question_id", "text_input", "text_output", "video"]
     assert batch["video"].shape == (2, 4, 3, 8, 8) and set(batch["text_output"]) == {"yes", "8"}
     assert data.record(1).question.text == "How long?" and data.answered and data[1]["answers"] == ["8"]
+
+
+def test_questions_name_clips_as_captions_do(tmp_path: Path) -> None:
+    own_clips(tmp_path)
+    (tmp_path / "q.csv").write_text("video_id,question,answer\n0,Is it?,yes\n2,How long?,8\n1,Why?,no\n")
+    (tmp_path / "list.txt").write_text("2.avi\n1\n")
+    asked = {"builder": "video_vqa", "annotations": "q.csv", "images": "clips"}
+    data = build(tmp_path, **asked, names="list.txt", video_name="{video_id}.avi")
+    assert [data.record(row).image for row in range(len(data))] == ["2.avi", "1.avi"]
+    assert len(build(tmp_path, **asked, image_name="{image_id}.avi")) == 3
+    with pytest.raises(
+        ConfigError, match=r"train\.video_name and datasets\.own\.train\.image_name both name"
+    ):
+        build(tmp_path, **asked, image_name="{image_id}.avi", video_name="{video_id}.avi")
+    with pytest.raises(DataError, match=r"train\.video_name: '\{clip\}' doesn't fit"):
+        build(tmp_path, **asked, video_name="{clip}")
+    with pytest.raises(
+        DataError, match=r"set datasets\.own\.train\.video_name, such as 'video\{video_id\}\.mp4'"
+    ):
+        build(tmp_path, **asked)
+    entry = {
+        "builder": "video_vqa",
+        "root": str(tmp_path),
+        "video_name": "{video_id}.avi",
+        "vis_processor": VIS,
+    }
+    whole = {**entry, "train": {"annotations": "q.csv", "images": "clips"}}
+    assert len(build_datasets({"own": whole})["own"]["train"]) == 3
 
 
 def test_broken_clips_are_counted_logged_once_and_replaced(tmp_path: Path) -> None:
@@ -215,8 +261,12 @@ def test_question_presets(cache: Path, preset: str, clip: str) -> None:
     ("section", "message"),
     [
         (
-            {"train": {"images": "clips"}},
-            "set datasets.own.train.annotations to a file with the clips' captions",
+            {"train": {"format": "json"}},
+            "set datasets.own.train.annotations to a file, datasets.own.train.images",
+        ),
+        (
+            {"train": {"images": "clips", "format": "msvd"}},
+            "datasets.own.train.format: 'msvd' is that of a file",
         ),
         ({"train": {"annotations": "a", "format": "msrvt"}}, "datasets.own.train.format: 'msrvt'"),
         (

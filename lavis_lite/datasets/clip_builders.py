@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal
 
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset
 from lavis_lite.datasets.builders import ImageTextBuilder, SplitConfig
-from lavis_lite.datasets.clip_sources import CLIP_NAME, ClipSource
+from lavis_lite.datasets.clip_sources import CLIP_NAME, ClipQuestionSource, ClipSource
 from lavis_lite.datasets.clips import ClipDataset, ClipQuestionDataset
+from lavis_lite.datasets.questions import QuestionFields
 from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Source
-from lavis_lite.datasets.vqa_builder import VqaBuilder
+from lavis_lite.datasets.vqa_builder import Format as QuestionFormat
+from lavis_lite.datasets.vqa_builder import QuestionSplitConfig, VqaBuilder
 
 Format = Literal["auto", "msrvtt", "msvd", "coco", "karpathy", "json", "jsonl", "csv", "tsv", "parquet"]
+PUBLISHED = ("msrvtt", "msvd")
 DEFAULT_VIS: Mapping[str, Any] = {
     "train": {"name": "video", "sampling": "random", "frames": {"name": "blip2_image_train"}},
     "eval": {"name": "video", "frames": {"name": "blip_image_eval"}},
@@ -25,7 +29,8 @@ DEFAULT_VIS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ClipSplitConfig(SplitConfig):
-    """One source of a split's captioned clips: the keys of `SplitConfig`, of which `images` is the folder of clips.
+    """One source of a split's captioned clips: the keys of `SplitConfig`, of which `images` is the folder of clips,
+    without `annotations` with .txt files beside them.
 
     format: also `msrvtt` and `msvd`, the files that these were published with.
     names: a file with the names of the clips to take, one a line. video_name: a clip's path from its `video_id`.
@@ -37,12 +42,12 @@ class ClipSplitConfig(SplitConfig):
 
     def check(self, where: str) -> None:
         """Raise ConfigError for keys that don't go together."""
-        if self.annotations is None:
-            raise ConfigError(
-                f"{where}: set {where}.annotations to a file with the clips' captions, and {where}.images to their "
-                "folder"
-            )
         super().check(where)
+        if self.annotations is None and self.format in PUBLISHED:
+            raise ConfigError(
+                f"{where}.format: '{self.format}' is that of a file: set {where}.annotations to it, or for clips with "
+                f".txt files beside them {where}.format=auto"
+            )
 
 
 @registry.register_builder("video_text")
@@ -91,16 +96,80 @@ class VideoTextBuilder(ImageTextBuilder):
     def _source(self, config: Any, split: str, where: str) -> Source:
         plain = super()._source(config, split, where)
         return ClipSource(
-            **{field.name: getattr(plain, field.name) for field in fields(plain)},
+            **{field.name: getattr(plain, field.name) for field in dataclass_fields(plain)},
             names=self._file(config.names, f"{where}.names"),
             video_name=config.video_name,
         )
 
 
+@dataclass(frozen=True)
+class ClipQuestionSplitConfig(QuestionSplitConfig):
+    """One source of a split's questions about clips: the keys of `QuestionSplitConfig`, of which `images` is the folder
+    of clips.
+
+    names: a file with the names of the clips to take, one a line. video_name: a clip's path from its `video_id`, the
+    same as `image_name`.
+    """
+
+    names: str | None = None
+    video_name: str | None = None
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError for keys that don't go together."""
+        super().check(where)
+        other = next((key for key in ("image_name", "pictures") if getattr(self, key) is not None), None)
+        if self.video_name is not None and other is not None:
+            raise ConfigError(f"{where}: {where}.video_name and {where}.{other} both name clips: keep one")
+
+
 @registry.register_builder("video_vqa")
 class VideoVqaBuilder(VqaBuilder):
-    """Questions about clips: the keys of `VqaBuilder`, of which `images` is the folder of clips and `image_name` a
-    clip's path from its number ("video{image_id}.mp4"); `vis_processor` as of `VideoTextBuilder`."""
+    """Questions about clips; making one checks the configuration, reads no file.
 
+    Args:
+        name, root, format, fields, image_name, text_processor, ratio, limit: as of `VqaBuilder`.
+        train, val, test: keys and values of `ClipQuestionSplitConfig`, or a list of such; null leaves a split out.
+        video_name: default of the splits' own.
+        vis_processor: as of `VideoTextBuilder`.
+
+    Raises ConfigError with the YAML path of what is wrong.
+    """
+
+    split_class: ClassVar[type] = ClipQuestionSplitConfig
     dataset_class: ClassVar[Callable[..., MapDataset]] = ClipQuestionDataset
     default_vis: ClassVar[Mapping[str, Any]] = DEFAULT_VIS
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | None = None,
+        train: Mapping[str, Any] | Sequence[Any] | None = None,
+        val: Mapping[str, Any] | Sequence[Any] | None = None,
+        test: Mapping[str, Any] | Sequence[Any] | None = None,
+        format: QuestionFormat = "auto",
+        fields: QuestionFields | None = None,
+        image_name: str | None = None,
+        video_name: str | None = None,
+        vis_processor: Mapping[str, Any] | None = None,
+        text_processor: Mapping[str, Any] | None = None,
+        ratio: float | None = None,
+        limit: int | None = None,
+    ) -> None:
+        named = {"image_name": image_name, "video_name": video_name}
+        self._set_up(
+            name,
+            root,
+            {"train": train, "val": val, "test": test},
+            {"format": format, "fields": fields, "limit": limit, **named},
+            vis_processor,
+            text_processor,
+            ratio,
+        )
+
+    def _source(self, config: Any, split: str, where: str) -> Source:
+        plain = super()._source(config, split, where)
+        known = {field.name: getattr(plain, field.name) for field in dataclass_fields(plain)}
+        if config.image_name is None:
+            known.update(image_name=config.video_name, name_key="video_name")
+        return ClipQuestionSource(**known, names_file=self._file(config.names, f"{where}.names"))

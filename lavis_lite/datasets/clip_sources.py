@@ -1,4 +1,4 @@
-"""Captions of clips: the files of MSR-VTT and MSVD as they were published, beside the formats of pictures."""
+"""Captions and questions of clips: the files of MSR-VTT and MSVD as published, beside the formats of pictures."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lavis_lite.common.errors import DataError
+from lavis_lite.datasets.folder import Kind
+from lavis_lite.datasets.questions import QuestionSource
 from lavis_lite.datasets.readers import Row, is_selected, load_json, need_field, numbered, read_text
 from lavis_lite.datasets.records import Source
+from lavis_lite.processors.video import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
+CLIPS = Kind("clips", SUFFIXES)
 CLIP_NAME = "{video_id}.mp4"
 
 
@@ -24,6 +28,8 @@ class ClipSource(Source):
     names: a file with the clips' names, one a line: rows of others are left out. video_name: a clip's path from its
     `video_id`, of formats that tell no path.
     """
+
+    kind: ClassVar[Kind] = CLIPS
 
     names: Path | None = None
     video_name: str = CLIP_NAME
@@ -75,6 +81,28 @@ class ClipSource(Source):
                 f"'{CLIP_NAME}', say"
             ) from error
         return Row(name, captions, number, None if captions else f"{self.path}: clip {number} has no caption")
+
+
+@dataclass(frozen=True)
+class ClipQuestionSource(QuestionSource):
+    """What a table of questions about clips is made from.
+
+    names_file: `names` of `ClipSource`. image_name: a clip's path from its `video_id` or `image_id`.
+    """
+
+    name_example: ClassVar[str] = "video{video_id}.mp4"
+
+    names_file: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that decide the rows."""
+        return (*super().files, *([self.names_file] if self.names_file else []))
+
+    def rows(self) -> Iterator[Row]:
+        """One row a question, as of `QuestionSource`."""
+        rows = super().rows()
+        return rows if self.names_file is None else _named(rows, self.names_file, self.where)
 
 
 def _named(rows: Iterator[Row], names: Path, where: str) -> Iterator[Row]:

@@ -1,31 +1,46 @@
-"""A folder of pictures, each with its captions in a .txt file of the same name beside it."""
+"""A folder of pictures or clips, each with its captions in a .txt file of the same name beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from lavis_lite.common.errors import DataError
 from lavis_lite.datasets.images import SUFFIXES
 from lavis_lite.datasets.readers import Row, bad_text
 
 
-def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[Row]:
+class Kind(NamedTuple):
+    """Files that rows show. name: of many of them. suffixes: theirs, in lower case."""
+
+    name: str
+    suffixes: Set[str]
+
+    def has(self, name: str) -> bool:
+        """Whether a file with that name is one."""
+        return os.path.splitext(name)[1].lower() in self.suffixes
+
+
+PICTURES = Kind("pictures", SUFFIXES)
+
+
+def read_rows(root: Path, *, where: str, uncaptioned: bool = False, kind: Kind = PICTURES) -> Iterator[Row]:
     """Rows in the order of their paths, subfolders included; each non-empty line of a .txt file is a caption.
 
-    A picture without a usable .txt file becomes a row with a problem, met like an unreadable picture; with
-    `uncaptioned` one without any .txt file is a row without captions. where: as of `Source`.
+    A picture (or clip, by `kind`) without a usable .txt file becomes a row with a problem, met like an unreadable
+    picture; with `uncaptioned` one without any .txt file is a row without captions. where: as of `Source`.
 
-    Raises DataError when there are no pictures, or (unless uncaptioned) no .txt file beside any of them.
+    Raises DataError when there are none, or (unless uncaptioned) no .txt file beside any of them.
     """
     pictures = captioned = 0
     for relative, names in _walk(root):
         texts = {name for name in names if name.endswith(".txt")}
         for name in sorted(names - texts):
-            if not _is_picture(name):
+            if not kind.has(name):
                 continue
             pictures += 1
             text = os.path.splitext(name)[0] + ".txt"
@@ -36,7 +51,9 @@ def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[
             else:
                 yield _row(root, picture, os.path.join(relative, text), text in texts)
     if not (pictures if uncaptioned else captioned):
-        found = f"{pictures} pictures and none with a .txt file beside it" if pictures else "no pictures"
+        found = (
+            f"{pictures} {kind.name} and none with a .txt file beside it" if pictures else f"no {kind.name}"
+        )
         remedy = (
             f"give {where} another folder"
             if where.startswith("--")
@@ -45,11 +62,11 @@ def read_rows(root: Path, *, where: str, uncaptioned: bool = False) -> Iterator[
         raise DataError(f"{root}: {found}; {remedy}")
 
 
-def fingerprint(root: Path) -> str:
-    """Changes when a picture or a .txt file comes or goes, and when a .txt file is edited; other files don't count."""
+def fingerprint(root: Path, kind: Kind = PICTURES) -> str:
+    """Changes when one of the kind or a .txt file comes or goes or a .txt file is edited, and with no other file."""
     digest = hashlib.sha256()
     for relative, names in _walk(root):
-        for name in sorted(name for name in names if _is_picture(name) or name.endswith(".txt")):
+        for name in sorted(name for name in names if kind.has(name) or name.endswith(".txt")):
             path = os.path.join(relative, name)
             digest.update(os.fsencode(path) + b"\0")
             if name.endswith(".txt"):
@@ -57,10 +74,6 @@ def fingerprint(root: Path) -> str:
                     status = os.stat(os.path.join(root, path))
                     digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
-
-
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _walk(root: Path) -> Iterator[tuple[str, set[str]]]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lavis_lite.common.errors import DataError
 from lavis_lite.datasets.answer_cells import split_answers
@@ -73,14 +73,18 @@ class QuestionSource(Source):
     image_name: a picture's path from its number, such as "COCO_val2014_{image_id:012}.jpg".
     pictures: a file of COCO's format whose `images` tell the path for a number.
     names: the names of the fields. needs_answers: of a split that is trained on: a question without an answer is a
-    mistake there, rows that share a question's number are none.
+    mistake there, rows that share a question's number are none. name_key: the configuration's key of `image_name`, and
+    name_example: what it may be, for messages.
     """
+
+    name_example: ClassVar[str] = "COCO_val2014_{image_id:012}.jpg"
 
     questions: Path | None = None
     image_name: str | None = None
     pictures: Path | None = None
     names: QuestionFields = field(default_factory=QuestionFields)
     needs_answers: bool = False
+    name_key: str = "image_name"
 
     @property
     def path(self) -> Path:
@@ -154,16 +158,17 @@ class Pictures:
             return self.by_id[str(entry.image_id)]
         if template is None:
             raise DataError(
-                f"{about} is about picture {entry.image_id}, and nothing tells its path; set {where}.image_name, "
-                "such as 'COCO_val2014_{image_id:012}.jpg', or "
+                f"{about} is about picture {entry.image_id}, and nothing tells its path; set "
+                f"{where}.{self.source.name_key}, such as '{self.source.name_example}', or "
                 f"{where}.pictures to a COCO file with its `images`"
             )
         try:
-            return template.format(image_id=entry.image_id)
+            return template.format(image_id=entry.image_id, video_id=entry.image_id)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
+            number = "video_id" if "{video_id" in template else "image_id"
             raise DataError(
-                f"{where}.image_name: '{template}' doesn't fit picture {entry.image_id!r} ({error}); "
-                "numbers take {image_id:012}, texts {image_id}"
+                f"{where}.{self.source.name_key}: '{template}' doesn't fit picture {entry.image_id!r} ({error}); "
+                f"numbers take {{{number}:012}}, texts {{{number}}}"
             ) from error
 
 

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
@@ -69,7 +69,11 @@ class Source:
     folder. where: the YAML path of the split, or a command's option such as --annotations, for messages.
     group_by_image: join the rows of one picture. split_captions: a row for each caption. limit: rows. uncaptioned:
     pictures of a folder need no .txt file.
+
+    kind: what the rows show.
     """
+
+    kind: ClassVar[folder.Kind] = folder.PICTURES
 
     annotations: Path | None
     images: Path
@@ -95,7 +99,9 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """The rows as they are read; see `readers.read_rows` and `folder.read_rows`."""
         if self.annotations is None:
-            return folder.read_rows(self.images, where=self.where, uncaptioned=self.uncaptioned)
+            return folder.read_rows(
+                self.images, where=self.where, uncaptioned=self.uncaptioned, kind=self.kind
+            )
         return readers.read_rows(
             self.annotations, format=self.format, fields=self.fields, select=self.select, where=self.where
         )
@@ -249,7 +255,7 @@ def _key(source: Source) -> str:
     rows.
     """
     if not source.files:
-        state: Any = folder.fingerprint(source.images)
+        state: Any = folder.fingerprint(source.images, source.kind)
     else:
         states = [(str(file.resolve()), file.stat()) for file in source.files]
         state = [[name, status.st_size, status.st_mtime_ns] for name, status in states]
