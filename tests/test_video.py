@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from clip_helpers import frame_values, save_clip
+from packaging.requirements import Requirement
 from PIL import Image
 from torch import Tensor
 
@@ -109,6 +111,23 @@ def test_without_decord_the_message_says_what_to_do(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lavis-lite\[video\]'.*macOS"):
         VideoProcessor(frames=EVAL)(clip)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "wanted"),
+    [
+        ("linux", "x86_64", True),
+        ("win32", "AMD64", True),
+        ("linux", "aarch64", False),
+        ("darwin", "x86_64", False),
+        ("darwin", "arm64", False),
+    ],
+)
+def test_the_extra_asks_for_decord_only_where_it_has_wheels(system: str, machine: str, wanted: bool) -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (written,) = re.findall(r'^video = \["(.*)"\]$', project, re.MULTILINE)
+    marker = Requirement(written).marker
+    assert marker and marker.evaluate({"sys_platform": system, "platform_machine": machine}) == wanted
 
 
 def test_decord_is_imported_by_the_first_clip_alone() -> None:

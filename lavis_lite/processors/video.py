@@ -158,7 +158,8 @@ def _decord() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "clips are read with decord: pip install 'lavis-lite[video]' (it has wheels for Linux and Windows on "
-            "x86-64; for macOS build it from source, or take the frames out of the clips and train on pictures)"
+            "x86-64 alone; for macOS and ARM build it from source, or take the frames out of the clips and train on "
+            "pictures)"
         ) from error
     # ffmpeg's own complaints about broken clips: the error that is raised says which clip it is.
     decord.logging.set_level(decord.logging.QUIET)
