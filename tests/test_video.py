@@ -6,11 +6,13 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from clip_helpers import frame_values, save_clip
+from mp4_clips import save_mp4
 from packaging.requirements import Requirement
 from PIL import Image
 from torch import Tensor
@@ -111,6 +113,24 @@ def test_without_decord_the_message_says_what_to_do(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lavis-lite\[video\]'.*macOS"):
         VideoProcessor(frames=EVAL)(clip)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("count", [1, 3, 10, 14])
+def test_h264_in_mp4_is_read_to_the_frame(tmp_path: Path, sampling: Any, count: int) -> None:
+    """Also frames that only those since the key frame before them tell: their right half is that one's."""
+    clip = save_mp4(tmp_path / "a.mp4", frames=10, every=4)
+    torch.manual_seed(3)
+    numbers = frame_numbers(10, count, sampling)
+    torch.manual_seed(3)
+    frames = read_frames(clip, count, sampling)
+    width, height = frames[0].size
+    assert frame_values([frame.crop((0, 0, width // 2, height)) for frame in frames]) == numbers
+    right = frame_values([frame.crop((width // 2, 0, width, height)) for frame in frames])
+    assert right == [number // 4 * 4 for number in numbers]
+    clip.write_bytes(clip.read_bytes()[:-500])
+    with pytest.raises(UnreadableClip, match="not a clip that can be decoded"):
+        read_frames(clip, count, sampling)
 
 
 @pytest.mark.parametrize(
