@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from warm_python import WarmProcess
 
 from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.logging import read_rows
@@ -123,7 +124,11 @@ def run_ranks(command: Sequence[str], world_size: int = 2, timeout: float = 120.
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
-    processes = [start(command, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(world_size)]
+    assert command[0] == sys.executable
+    processes = [
+        WarmProcess(command[1:], env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common), cwd=ROOT)
+        for rank in range(world_size)
+    ]
     outputs = []
     try:
         for process in processes:

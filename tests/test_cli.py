@@ -8,26 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGE1 = "projects/blip2/pretrain_stage1.yaml"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return warm_python.run(arguments, cwd=REPOSITORY, env=env)
 
 
 def test_import_is_cheap_and_loads_no_heavy_library() -> None:
     heavy = ["torch", "timm", "transformers", "webdataset", "pyarrow", "matplotlib"]
     code = f"import sys, lavis_lite; print([name for name in {heavy} if name in sys.modules])"
-    assert run("-c", code).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

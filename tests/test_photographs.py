@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from data_helpers import COCO_MINI, needs_coco_mini
 from generative_helpers import write_llm_tokenizer
 from PIL import Image
@@ -38,13 +38,10 @@ SHORT_RUN = (
 
 
 def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
+    return warm_python.run(
+        arguments,
         cwd=REPOSITORY,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LAVIS_LITE_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
 
 
