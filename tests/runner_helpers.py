@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,16 +97,10 @@ def train_command(path: Path, *options: str) -> list[str]:
     ]
 
 
-def start(command: Sequence[str], **variables: str) -> subprocess.Popen[str]:
-    """A process with its output readable as text."""
-    return subprocess.Popen(
-        command,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+def start(command: Sequence[str], **variables: str) -> WarmProcess:
+    """A Python process with its output readable as text."""
+    assert command[0] == sys.executable
+    return WarmProcess(command[1:], env=environment(**variables), cwd=ROOT)
 
 
 def free_port() -> int:
@@ -124,11 +117,7 @@ def run_ranks(command: Sequence[str], world_size: int = 2, timeout: float = 120.
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
-    assert command[0] == sys.executable
-    processes = [
-        WarmProcess(command[1:], env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common), cwd=ROOT)
-        for rank in range(world_size)
-    ]
+    processes = [start(command, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(world_size)]
     outputs = []
     try:
         for process in processes:

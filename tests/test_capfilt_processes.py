@@ -6,14 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from capfilt_helpers import MODELS, FakeCaptioner, fake_models, web_shards
+from runner_helpers import environment
 
 from lavis_lite.capfilt.claims import Claims
 from lavis_lite.commands.capfilt import capfilt_main
@@ -23,13 +24,8 @@ SHARDS, PICTURES = 8, 24
 
 
 def helper(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "capfilt_helpers.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = [str(REPOSITORY / "tests" / "capfilt_helpers.py"), *arguments]
+    return warm_python.run(command, env=environment(), cwd=REPOSITORY, timeout=200)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "run_scripts" / "experiments"
 # In a process of its own: the configuration registers a model.
@@ -109,8 +111,8 @@ def test_an_arm_that_is_only_evaluated_may_differ_by_seed(
 @pytest.mark.parametrize("family", ["opt", "t5"])
 def test_the_blind_model_gets_an_empty_visual_prompt(tmp_path: Path, family: str) -> None:
     tests, config = str(Path(__file__).parent), "vqa_blind_t5.yaml" if family == "t5" else "vqa_blind.yaml"
-    command = [sys.executable, "-c", BLIND, str(EXPERIMENTS / config), tests, str(tmp_path), family]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parents[1])
+    command = ["-c", BLIND, str(EXPERIMENTS / config), tests, str(tmp_path), family]
+    done = warm_python.run(command, env=os.environ, cwd=EXPERIMENTS.parents[1])
     assert done.returncode == 0, done.stderr
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_helpers import warnings_logged
-from runner_helpers import environment, wait_for
+from runner_helpers import start, wait_for
 from vqa_world import SECOND_PREDICTION, Answerer, Questions
 
 from lavis_lite.common.errors import DataError
@@ -65,9 +64,7 @@ def test_too_many_unreadable_pictures_leave_the_answers_to_the_others(tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_what_was_captioned(tmp_path: Path, number: signal.Signals) -> None:
     file = tmp_path / "run" / "predictions_test.part0.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path)], env=environment(), stderr=subprocess.PIPE
-    )
+    process = start([sys.executable, __file__, str(tmp_path)])
     try:
         wait_for(lambda: file.exists() and file.stat().st_size > 0)
         process.send_signal(number)

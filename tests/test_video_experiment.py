@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from majority import asked, majority
+from runner_helpers import environment
 
 from lavis_lite.common.config import load_config, load_dataset_preset, merge
 from lavis_lite.datasets.builders import build_datasets
@@ -60,8 +60,9 @@ def test_the_configuration_trains_and_evaluates_on_clips(
         f"datasets.shapes_video_vqa.{name}={size}" for name, size in (("train", 12), ("val", 4), ("test", 0))
     ]
     steps = ["run.max_steps=2", "run.batch_size_train=4", "run.warmup_steps=1", "task.num_beams=1"]
-    command = [sys.executable, "train.py", "--cfg-path", "projects/blip2/video_ft.yaml", "--options"]
-    subprocess.run([*command, *options, *data, *steps], check=True, cwd=REPOSITORY, timeout=300)
+    command = ["train.py", "--cfg-path", "projects/blip2/video_ft.yaml", "--options"]
+    done = warm_python.run([*command, *options, *data, *steps], env=environment(), cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
     assert metrics["val/num_questions"] == 16 and "val/question_type/order" in metrics
     predictions = json.loads((tmp_path / "run" / "predictions_val.json").read_text())

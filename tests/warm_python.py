@@ -56,17 +56,37 @@ class WarmProcess:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        """The process's number."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
-        """As of Popen, once `communicate` has waited."""
+        """The exit code, or minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def poll(self) -> int | None:
+        """As `returncode`."""
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end: what was written to stdout and stderr. Raises TimeoutExpired, and it runs on."""
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.arguments, timeout)
+            raise subprocess.TimeoutExpired(self.arguments, timeout or 0.0)
         out, err = (path.read_text() for path in self._outputs)
         return out, err
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end; the exit code."""
+        self.communicate(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it at once, if it hasn't ended."""
