@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several machines; run the same line on each of them, with a folder that all see as run.output_dir:
-#   NODES=2 HEAD=node1:29500 bash run_scripts/launch_nodes.sh --cfg-path projects/blip2/paper/pretrain_stage1.yaml
+#   NODES=2 HEAD=node1:29500 bash run_scripts/launch_nodes.sh --cfg-path projects/blip2/paper/pretrain_stage1_vitg.yaml
 # NODES: how many machines. HEAD: the address of one of them, with a free port. NPROC: processes on each (its GPUs).
 # JOB: tells runs that share a head apart. A machine that drops out is waited for RESTARTS times (3).
 set -euo pipefail

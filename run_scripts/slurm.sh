@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 # Train under SLURM; what stands above can be overridden on the line:
-#   sbatch --nodes=4 run_scripts/slurm.sh --cfg-path projects/blip2/paper/pretrain_stage1.yaml
+#   sbatch --nodes=4 run_scripts/slurm.sh --cfg-path projects/blip2/paper/pretrain_stage1_vitg.yaml
 # Preempted, or two minutes before its time is over, the job saves, ends, and is queued again until the run is finished:
 # the same command then goes on from the checkpoint (run.resume: auto).
 set -euo pipefail
@@ -19,7 +19,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NODES=$SLURM_JOB_NUM_NODES HEAD="$head:$((20000 + SLURM_JOB_ID % 20000))" JOB=$SLURM_JOB_ID
 
 preempted=0 step=
-stop_step() { [ -z "$step" ] || kill -TERM "$step" 2>/dev/null || true; }
+# srun itself would answer the signal by killing its processes; scancel hands it to them, and not to this script.
+stop_step() { [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID" || true; }
 # Told once: a second signal would end the step while it saves.
 told() { [ "$preempted" = 1 ] || stop_step; preempted=1 interrupted=1; }
 trap told TERM

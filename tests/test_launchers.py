@@ -1,8 +1,9 @@
-"""The launchers with stubs for python, srun and scontrol: which processes they start, and what preemption does."""
+"""The launchers with stubs for python and SLURM's commands: which processes they start, and what preemption does."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,24 @@ import pytest
 from runner_helpers import ROOT, environment, free_port, logged, project, wait_for
 
 PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$@"; fi\n'
-# As the real one: its children get the signals that it gets.
-SRUN = """#!/bin/bash
+# As the real one: a step's processes have a group of their own, and srun answers SIGTERM by killing them.
+STEP = """#!/bin/bash
 trap 'sleep "${SAVING:-0}"; echo saved; exit "${ENDS:-143}"' TERM
-echo "srun $*"
+echo $$ > "$READY.step"
 echo ready > "$READY"
-while [ "$LONG" = 1 ]; do sleep 0.1; done
+while [ "$LONG" = 1 ]; do sleep 0.02; done
 """
+SRUN = """#!/bin/bash
+trap 'echo "srun: forcing job termination"; kill -KILL -- -$(cat "$READY.step"); exit 137' TERM
+echo "srun $*"
+setsid "$(dirname "$0")/step" &
+wait $!
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $*"
+kill -TERM -- -"$(cat "$READY.step")"
+"""
+NAMED = r"(?:benchmarks|docs|projects|run_scripts|tests)/[\w./-]+\.(?:yaml|sh|py|md)"
 SCONTROL = '#!/bin/sh\nif [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "scontrol $*"; fi\n'
 
 
@@ -37,8 +49,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / "run_scripts" / name, tmp_path / "run_scripts" / name)
     _script(tmp_path / "run_scripts" / "environment.sh", f'repository="{tmp_path}"\n')
     _script(tmp_path / ".venv" / "bin" / "python", PYTHON)
-    _script(tmp_path / "bin" / "srun", SRUN)
-    _script(tmp_path / "bin" / "scontrol", SCONTROL)
+    for name, text in (("srun", SRUN), ("step", STEP), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+        _script(tmp_path / "bin" / name, text)
     return tmp_path
 
 
@@ -57,6 +69,13 @@ def _start(checkout: Path, script: str, **variables: str) -> subprocess.Popen[st
 def _output(process: subprocess.Popen[str]) -> str:
     out, _ = process.communicate(timeout=60)
     return out
+
+
+def test_files_that_launchers_and_their_documentation_name_exist() -> None:
+    texts = [*(ROOT / "run_scripts").glob("*.sh"), ROOT / "docs" / "parallel.md"]
+    named = [(text.name, name) for text in texts for name in re.findall(NAMED, text.read_text())]
+    assert len({text for text, _ in named}) >= 4
+    assert [(text, name) for text, name in named if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize(("variables", "count"), [({}, 1), ({"GPUS": "8"}, 8), ({"NPROC": "2"}, 2)])
@@ -103,7 +122,8 @@ def test_a_preempted_job_saves_and_is_queued_again(checkout: Path) -> None:
     wait_for((checkout / "ready").exists)
     process.send_signal(signal.SIGTERM)
     said = _output(process)
-    assert process.returncode == 0
+    assert process.returncode == 0, said
+    assert "scancel --signal=TERM 20003\n" in said  # with --batch it would reach the script alone
     assert said.index("saved") < said.index("scontrol requeue 20003")
 
 
