@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,35 @@ def test_atomic_dir_keeps_or_replaces_what_is_there(tmp_path: Path, replace: boo
             (temporary / "file").write_text(content)
     assert (path / "file").read_text() == ("second" if replace else "first")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_folder_that_is_replaced_is_old_or_new_after_a_kill(
+    tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after so many of the two renames: nothing else is done, as cleaning up after an error would be."""
+    path = tmp_path / "step_000800"
+    with atomic_dir(path) as temporary:
+        (temporary / "file").write_text("old")
+
+    done: list[str] = []
+    rename = os.rename
+
+    def rename_or_die(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        rename(source, target)
+        done.append(target.name)
+
+    with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patched.setattr(os, "rename", rename_or_die)
+        patched.setattr("lavis_lite.common.io.shutil.rmtree", lambda *_, **__: sys.exit())
+        with atomic_dir(path, replace=True) as temporary:
+            (temporary / "file").write_text("new")
+    assert len(done) == renames and len(list(tmp_path.iterdir())) == 2
+    assert len(remove_leftovers(tmp_path)) == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["step_000800"]
+    assert (path / "file").read_text() == ("new" if renames == 2 else "old")
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+# What a folder is called from when it lost its name to its successor until it is gone.
+REPLACED = f"{TEMPORARY}replaced-"
 # More files than this are flushed to the disk together.
 MANY_FILES = 256
 
@@ -83,7 +85,8 @@ def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     When `path` exists by then, it is kept (another process was first with the same content), unless
     `replace`. Files are on the disk before the folder gets its name, so that after a power cut or SIGKILL
-    `path` is complete or absent; a left-over temporary folder is removed by `remove_leftovers`.
+    `path` is complete or absent; a left-over temporary folder is removed by `remove_leftovers`. An old
+    folder loses its name before the new one gets it: after a crash between the two `remove_leftovers` gives it back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
     if replace and path.exists():
-        old = _temporary(path)
+        old = path.with_name(f"{REPLACED}{uuid.uuid4().hex[:8]}-{path.name}")
         os.rename(path, old)
         os.rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -113,7 +116,14 @@ def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Remove what interrupted writes left in `folder`, which no other process may be writing to now."""
+    """Remove what interrupted writes left in `folder`, which no other process may be writing to now; the removed paths.
+
+    A folder that was to be replaced, and whose successor never got its name, has it again.
+    """
+    for path in Path(folder).glob(f"{REPLACED}*"):
+        name = path.with_name(path.name.removeprefix(REPLACED).split("-", 1)[1])
+        if not name.exists():
+            os.rename(path, name)
     leftovers = sorted(Path(folder).glob(f"{TEMPORARY}*"))
     for path in leftovers:
         if path.is_dir():
