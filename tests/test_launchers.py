@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kills import newest, ranks_of
 from runner_helpers import ROOT, environment, free_port, logged, project, wait_for
 
 PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$@"; fi\n'
@@ -175,31 +176,43 @@ def real_checkout(checkout: Path) -> Path:
     return checkout
 
 
-def _node(checkout: Path, path: Path, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["bash", str(checkout / "run_scripts" / "launch_nodes.sh"), "--cfg-path", str(path)],
-        env=environment(NODES="2", NPROC="1", RESTARTS="0", CUDA_VISIBLE_DEVICES="", **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _nodes(checkout: Path, path: Path, *options: str, **variables: str) -> list[subprocess.Popen[str]]:
+    """Two launchers of a rank each, as if on machines of their own."""
+    command = ["bash", str(checkout / "run_scripts" / "launch_nodes.sh"), "--cfg-path", str(path)]
+    head = {"NODES": "2", "NPROC": "1", "HEAD": f"127.0.0.1:{free_port()}", "CUDA_VISIBLE_DEVICES": ""}
+    return [
+        subprocess.Popen(
+            [*command, "--options", *options],
+            env=environment(**head, **variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.slow
-def test_two_nodes_train_one_model(real_checkout: Path) -> None:
-    path = project(real_checkout, max_steps=2)
-    nodes = [_node(real_checkout, path, HEAD=f"127.0.0.1:{port}") for port in [free_port()] for _ in range(2)]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
+def test_two_nodes_train_one_model_and_start_again_where_one_loses_its_rank(real_checkout: Path) -> None:
+    """The other's launcher starts its rank again for the first one's sake, or after its end: they count differently."""
+    run = real_checkout / "run"
+    path = project(real_checkout, max_steps=8, save_every=1, log_every=1, timeout=1.0)
+    nodes = _nodes(real_checkout, path, "datasets.fake.seconds=0.05", RESTARTS="1")
+    wait_for(lambda: newest(run) >= 2, 200)
+    (killed,) = ranks_of(nodes[1].pid).values()
+    os.kill(killed, signal.SIGKILL)
+    said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert "".join(said).count("2 processes") == 1
-    assert [row["step"] for row in logged(real_checkout / "run") if row["kind"] == "train"] == [1, 2]
+    assert "".join(said).count("2 processes") == 2  # one for each start
+    assert [row["step"] for row in logged(run) if row["kind"] == "train"] == list(range(1, 9))
 
 
 @pytest.mark.slow
 def test_a_stopped_launcher_does_not_end_as_a_finished_one(real_checkout: Path) -> None:
     """Which is how slurm.sh tells whether a job has to be queued again."""
     path = project(real_checkout, max_steps=100_000)
-    nodes = [_node(real_checkout, path, HEAD=f"127.0.0.1:{port}") for port in [free_port()] for _ in range(2)]
+    nodes = _nodes(real_checkout, path, "run.log_every=1", RESTARTS="0")
     log = real_checkout / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size > 0, 200)
     for node in nodes:

@@ -20,6 +20,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from lavis_lite.common.meeting import Meeting
+from lavis_lite.common.starts import name_start
 
 TIMEOUT_MINUTES = 30.0
 
@@ -35,7 +36,8 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than
     timeout_minutes for another fails, and torchrun then ends the others.
 
-    Raises SystemExit in a process that torchrun has started again though the run can't go on (`Meeting.end`).
+    Raises TrainingError where the others don't come (`name_start`), and SystemExit in a process that torchrun has
+    started again though the run can't go on (`Meeting.end`).
     """
     if torch_dist.is_initialized() or not _is_one_of_several():
         return
@@ -49,7 +51,7 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     # The store outlives ranks that torchrun starts again: without names of their own they would look for the
     # addresses, and the marks, of those before them.
     launch = store
-    store = torch_dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", launch)
+    store = torch_dist.PrefixStore(f"start_{name_start(launch, own_rank, ranks, timeout)}", launch)
     _meeting = Meeting(store, own_rank, ranks, launch=launch)
     if (code := _meeting.ended) is not None:
         sys.exit(code)
