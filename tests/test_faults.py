@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -207,9 +208,21 @@ def sigterm() -> Iterator[None]:
 
 
 class FakeMeeting:
-    def __init__(self, first: bool, silent: Sequence[int] = (), calm: Sequence[int] = ()) -> None:
+    ranks = 4
+
+    def __init__(
+        self, first: bool, silent: Sequence[int] = (), calm: Sequence[int] = (), *, claimed: bool = False
+    ) -> None:
         self.first, self.silent, self.calm, self.calls = first, list(silent), list(calm), []
+        self.claimed = claimed
         self.ended: int | None = None
+        self.lost: Callable[[FakeMeeting], None] | None = None
+
+    @contextlib.contextmanager
+    def watching(self, lost: Callable[[FakeMeeting], None]) -> Iterator[None]:
+        self.lost = lost
+        yield
+        self.lost = None
 
     def claim(self) -> bool:
         return self.first
@@ -254,6 +267,59 @@ def test_the_rank_that_finds_out_first_speaks(
         _lose(monkeypatch, meeting)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     assert meeting is None or meeting.calls == ["let_go"]
+
+
+class Exited(BaseException):
+    """Instead of the end of the tests' own process."""
+
+
+@pytest.mark.parametrize(
+    ("meeting", "ended", "code", "said"),
+    [
+        (
+            FakeMeeting(True, [0]),
+            None,
+            1,
+            "error: rank 0 of 4 ended or fell silent at step 5; (silent for 60 s)\n",
+        ),
+        (FakeMeeting(False, [0]), None, 1, ""),  # another one speaks
+        (FakeMeeting(False, claimed=True), None, 1, ""),
+        (FakeMeeting(True, [0]), 2, 2, ""),  # a rank has said why
+        (FakeMeeting(True, [], [0]), None, None, ""),  # it was only busy
+    ],
+)
+def test_a_rank_whose_main_thread_is_stuck_ends_and_the_line_is_said_once(
+    meeting: FakeMeeting,
+    ended: int | None,
+    code: int | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def exit_now(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(os, "_exit", exit_now)
+    monkeypatch.setattr(dist, "meeting", lambda: meeting)
+    meeting.ended = ended
+    codes = []
+    with faults.speaking_once(lambda: "at step 5"):
+        assert meeting.lost is not None
+        try:
+            meeting.lost(meeting)
+        except Exited as exited:
+            codes += exited.args
+    assert codes == ([] if code is None else [code])
+    assert capsys.readouterr().err == said
+    assert meeting.lost is None  # out of the block nobody ends the process
+
+
+def test_a_main_thread_that_has_learnt_of_the_end_speaks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch had begun to ask when an exchange failed here: the process must live to say its line."""
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    meeting = FakeMeeting(False, [0])
+    faults._end_from_beside(meeting, lambda: "", lambda: False)
+    assert meeting.calls == ["stay"]
 
 
 def test_the_others_stay_and_say_nothing(monkeypatch: pytest.MonkeyPatch, sigterm: None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
+from lavis_lite.common import lookout
 from lavis_lite.common import meeting as module
 from lavis_lite.common.meeting import Meeting
 
@@ -56,6 +58,59 @@ def test_a_line_is_said_once_and_a_new_start_knows_of_the_end(ranks: list[Meetin
     again = Meeting(PrefixStore("start_1", store), 0, 4, launch=store)
     assert again.ended == 1
     again.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookout, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lookout, "LINGER_SECONDS", 0.5)
+
+
+class Alarm:
+    """What a rank that watches is told, and on whose behalf."""
+
+    def __init__(self) -> None:
+        self.rung = threading.Event()
+        self.own: Meeting | None = None
+
+    def __call__(self, own: Meeting) -> None:
+        self.own = own
+        self.rung.set()
+
+
+def test_a_silent_rank_is_noticed_by_the_one_before_it(ranks: list[Meeting], impatient: None) -> None:
+    alarms = [Alarm() for _ in ranks]
+    with contextlib.ExitStack() as watches:
+        for one, alarm in zip(ranks, alarms, strict=True):
+            watches.enter_context(one.watching(alarm))
+        ranks[2].close()
+        assert alarms[1].rung.wait(10)
+    assert alarms[1].own is not None
+    assert alarms[1].own.roll_call() == ([2], [0, 1, 3])  # 1 beats on while its thread calls
+    assert [alarm.rung.is_set() for alarm in alarms] == [False, True, False, False]
+
+
+def test_a_claim_reaches_ranks_that_nobody_before_them_is_missing(
+    ranks: list[Meeting], impatient: None
+) -> None:
+    alarm = Alarm()
+    assert ranks[3].claim()
+    with ranks[0].watching(alarm):
+        assert alarm.rung.wait(10)
+
+
+def test_who_left_in_order_and_who_is_waited_for_patiently_are_not_missed(
+    ranks: list[Meeting], impatient: None
+) -> None:
+    alarm = Alarm()
+    ranks[1].leave()
+    ranks[2].leave()
+    with ranks[0].watching(alarm):
+        assert not alarm.rung.wait(2.0)
+        ranks[3].close()  # watched now, the two before it being gone
+        with ranks[0].patient():
+            assert not alarm.rung.wait(1.5)
+        assert alarm.rung.wait(10)
 
 
 def test_the_others_stay_until_the_roll_is_called(ranks: list[Meeting]) -> None:

@@ -68,7 +68,7 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     global _meeting
     if _meeting is not None:
-        _meeting.close()
+        _meeting.leave()
         _meeting = None
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

@@ -7,10 +7,15 @@ keeps it from beating, for seconds where a large file is parsed: silence must la
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from torch.distributed import PrefixStore, Store
+
+from lavis_lite.common.lookout import Lookout
 
 BEAT_SECONDS = 0.5
 # Between two readings of a roll call: several beats, on a busy machine too.
@@ -36,6 +41,8 @@ class Meeting:
         self._launch = PrefixStore("launch", launch)
         self._store = PrefixStore("meeting", store)
         self._seen_claimed = False
+        self._watch: tuple[Lookout, Callable[[Meeting], None]] | None = None
+        self._answering: threading.Thread | None = None
         self._over = threading.Event()
         # A clone has a connection of its own: the main thread may be waiting at the store for long.
         self._thread = threading.Thread(target=self._beat, args=(self._store.clone(),), daemon=True)
@@ -46,19 +53,65 @@ class Meeting:
         self._over.set()
         self._thread.join(timeout=1.0)
 
+    def leave(self) -> None:
+        """Beat no more, in order: nobody is to take the silence for a rank that is lost."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "1")
+        self.close()
+
+    @contextlib.contextmanager
+    def watching(self, lost: Callable[[Meeting], None]) -> Iterator[None]:
+        """Within the block another rank's end is noticed whatever the main thread does, in a minute or so.
+
+        lost: called in a thread with a meeting of that thread's own; where it returns, the watch goes on.
+        """
+        before, self._watch = self._watch, (Lookout(self.rank, self.ranks), lost)
+        try:
+            yield
+        finally:
+            self._watch = before
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within the block no silence counts: one rank does for long what may hold its interpreter's lock."""
+        before, self._watch = self._watch, None
+        try:
+            yield
+        finally:
+            if before is not None:
+                self._watch = (Lookout(self.rank, self.ranks), before[1])
+
     def _beat(self, store: Store) -> None:
         try:
             while not self._over.is_set():
                 store.add(f"beats/{self.rank}", 1)
                 self._seen_claimed = store.add("claims", 0) > 0
+                self._look(store)
                 self._over.wait(BEAT_SECONDS)
         except RuntimeError:  # the store is gone, and with it whoever could read
             return
+
+    def _look(self, store: Store) -> None:
+        watch = self._watch
+        if watch is None or (self._answering is not None and self._answering.is_alive()):
+            return
+        lookout, lost = watch
+        if lookout.sees_end(store, claimed=self._seen_claimed, now=time.monotonic()):
+            # Not here: the beats must go on while the roll is called.
+            self._answering = threading.Thread(target=lost, args=(self._twin(),), daemon=True)
+            self._answering.start()
+
+    def _twin(self) -> Meeting:
+        """This meeting with connections of its own, of which the main thread holds none."""
+        twin = copy.copy(self)
+        twin._store, twin._launch = self._store.clone(), self._launch.clone()
+        return twin
 
     def end(self, code: int, line: str) -> bool:
         """Say that the run can't go on, not by a new start either; whether no rank has said this line before."""
         try:
             self._launch.set("ended", str(code))
+            self._store.add("claims", 1)  # nobody is to call the roll any more
             return self._launch.add(f"lines/{line}", 1) == 1
         except RuntimeError:
             return True
@@ -70,6 +123,14 @@ class Meeting:
             return int(self._launch.get("ended")) if self._launch.check(["ended"]) else None
         except RuntimeError:
             return None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the run can't go on for some rank, which speaks."""
+        try:
+            return self._store.add("claims", 0) > 0
+        except RuntimeError:
+            return self._seen_claimed
 
     def claim(self) -> bool:
         """Say that an exchange has failed here; whether this rank was the first, which speaks for all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,8 @@ import torch.distributed as torch_dist
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError, TrainingError
+from lavis_lite.common.lookout import SILENCE_SECONDS
+from lavis_lite.common.meeting import Meeting
 
 # How the libraries that carry tensors between processes, and the store where they meet, say that the other end is gone
 # or silent. NCCL's own errors of use and of the machine (two ranks on one GPU, no memory) say none of it.
@@ -43,10 +46,13 @@ def speaking_once(where: Callable[[], str]) -> Iterator[None]:
 
     From then on SIGTERM is ignored: torchrun sends it as soon as it misses a rank, and the line would never be said.
 
+    Where the main thread waits in what can't be interrupted, the process ends all the same (`Meeting.watching`).
+
     Raises SystemExit on ranks whose error another one says; for lost ranks TrainingError on the first to find out.
     """
     try:
-        yield
+        with _watching(where):
+            yield
     except LavisLiteError as error:
         if not may_pass(error):
             _end(error.exit_code, str(error))
@@ -81,6 +87,43 @@ def may_pass(error: LavisLiteError) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _watching(where: Callable[[], str]) -> Iterator[None]:
+    meeting, inside = dist.meeting(), threading.Event()
+    if meeting is None:
+        yield
+        return
+    inside.set()
+    try:
+        with meeting.watching(lambda own: _end_from_beside(own, where, inside.is_set)):
+            yield
+    finally:
+        inside.clear()
+
+
+def _end_from_beside(meeting: Meeting, where: Callable[[], str], inside: Callable[[], bool]) -> None:
+    """In a thread of a rank that hasn't learnt of a lost one: end the process, and say so where no rank has.
+
+    Returns where all live after all, or the main thread has learnt of it meanwhile.
+    """
+    silent: list[int] = []
+    code = meeting.ended
+    if code is None and not meeting.claimed:
+        silent, _ = meeting.roll_call()
+        if not silent:
+            return
+    if silent and meeting.claim():
+        reason = f"(silent for {SILENCE_SECONDS:g} s)"
+        print(f"error: {_silence(silent, meeting.ranks)} {where()}; {reason}", file=sys.stderr, flush=True)
+        meeting.let_go()
+    elif code is None:
+        meeting.stay()
+        if not inside():
+            return
+    sys.stdout.flush()
+    os._exit(1 if code is None else code)
+
+
 def _ignore_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -109,10 +152,14 @@ def _who_is_lost() -> str:
         silent, calm = meeting.roll_call()
         meeting.let_go()
     if silent:
-        return f"{_named(silent)} of {ranks} ended or fell silent"
+        return _silence(silent, ranks)
     if calm:
         return f"{_named(calm)} of {ranks} did not answer, though alive,"
     return f"{_named([dist.rank()])} of {ranks} lost touch with the others"
+
+
+def _silence(silent: Sequence[int], ranks: int) -> str:
+    return f"{_named(silent)} of {ranks} ended or fell silent"
 
 
 def _named(ranks: Sequence[int]) -> str:
