@@ -22,6 +22,7 @@ from tests.runner_helpers import (
     run_ranks,
     start,
     train_command,
+    wait_for,
     weights,
 )
 
@@ -100,6 +101,56 @@ def test_alone_everything_works_without_a_process_group() -> None:
     assert dist.reduce_mean({}) == {}
     dist.barrier()
     dist.shutdown()
+
+
+class OtherRank:
+    """In place of the exchange with another rank, which is not done the first few times."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, local_rank: int, busy: int, lost: bool = False
+    ) -> None:
+        self.busy, self.lost, self.said = busy, lost, []
+        monkeypatch.setattr(dist, "world_size", lambda: 2)
+        monkeypatch.setattr(dist, "local_rank", lambda: local_rank)
+        monkeypatch.setattr(dist, "MEET_SECONDS", 0.05)
+        monkeypatch.setattr(torch.distributed, "all_reduce", self)
+
+    def __call__(self, flag: torch.Tensor, op: Any) -> None:
+        if self.lost:
+            raise RuntimeError("gloo: Connection closed by peer")
+        self.said.append(int(flag))
+        flag *= len(self.said) > self.busy
+
+
+def test_what_the_first_process_of_a_machine_does_may_take_longer_than_an_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = OtherRank(monkeypatch, local_rank=0, busy=0)
+    with dist.local_main_first():
+        wait_for(lambda: len(other.said) >= 3)  # of which none takes run.timeout
+    assert other.said[-1] == 1 and set(other.said[:-1]) == {0}
+
+
+def test_the_others_wait_through_many_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = OtherRank(monkeypatch, local_rank=1, busy=3)
+    with dist.local_main_first():
+        assert other.said == [1] * 4
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_rank_that_is_lost_before_all_are_done_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    OtherRank(monkeypatch, local_rank, busy=0, lost=True)
+    with pytest.raises(RuntimeError, match="closed by peer"), dist.local_main_first():
+        pass
+
+
+def test_a_block_that_fails_exchanges_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = OtherRank(monkeypatch, local_rank=0, busy=0)
+    with pytest.raises(KeyError), dist.local_main_first():
+        raise KeyError
+    assert 1 not in other.said
 
 
 def test_a_strategy_that_does_not_fit_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from lavis_lite.common.meeting import Meeting
 from lavis_lite.common.starts import name_start
 
 TIMEOUT_MINUTES = 30.0
+# How often ranks that wait for long meet: well within the shortest run.timeout.
+MEET_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -147,12 +150,63 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Run the block on each machine's first process, then on its others: they find what the first cached."""
-    if local_rank() != 0:
-        barrier()
-    yield
-    if local_rank() == 0:
-        barrier()
+    """Run the block on each machine's first process, then on its others: they find what the first cached.
+
+    It may take for longer than a rank waits in an exchange: there is one every few seconds meanwhile. The block itself
+    exchanges nothing.
+    """
+    if world_size() == 1:
+        yield
+        return
+    with _meeting.patient() if _meeting is not None else contextlib.nullcontext():
+        exchanges = _Exchanges()
+        if local_rank() != 0:
+            exchanges.done.set()
+            exchanges.until_all_are_done()
+            if exchanges.error is not None:
+                raise exchanges.error
+            yield
+            return
+        # While the block runs this process too has to take part. A thread that is stuck ends with the process.
+        thread = threading.Thread(target=exchanges.until_all_are_done, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            exchanges.given_up = True
+            raise
+        finally:
+            exchanges.done.set()
+        thread.join()
+    if exchanges.error is not None:
+        raise exchanges.error
+
+
+class _Exchanges:
+    """Exchanges every few seconds, until no rank has anything left to do that others wait for."""
+
+    def __init__(self) -> None:
+        self.done, self.given_up = threading.Event(), False
+        self.error: Exception | None = None
+
+    def until_all_are_done(self) -> None:
+        """Returns without an exchange once given up, and on an error, which is left in `error`."""
+        all_done = False
+        while not all_done:
+            done = self.done.wait(MEET_SECONDS)
+            if self.given_up:
+                return
+            try:
+                all_done = _least(int(done)) == 1
+            except RuntimeError as error:
+                self.error = error
+                return
+
+
+def _least(value: int) -> int:
+    flag = torch.tensor([value])
+    torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MIN)
+    return int(flag.item())
 
 
 class _AllGather(torch.autograd.Function):
