@@ -345,6 +345,27 @@ def test_an_error_that_would_come_again_ends_the_launch_and_one_rank_says_it(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
+def test_one_process_alone_under_torchrun_ends_the_launch_too(
+    monkeypatch: pytest.MonkeyPatch, sigterm: None
+) -> None:
+    agent = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {
+        **variables,
+        "TORCHELASTIC_RUN_ID": "job",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():
+        monkeypatch.setenv(name, value)
+    dist.init()
+    with pytest.raises(ConfigError), faults.speaking_once(lambda: ""):
+        raise ConfigError("x")
+    dist.shutdown()
+    with pytest.raises(SystemExit) as again:
+        dist.init()
+    assert again.value.code == 2
+    dist.shutdown()
+
+
 def _caused(error: Exception, cause: BaseException) -> Exception:
     error.__cause__ = cause
     return error

@@ -21,7 +21,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from lavis_lite.common.meeting import Meeting
-from lavis_lite.common.starts import name_start
+from lavis_lite.common.starts import TORCHRUN, name_start
 
 TIMEOUT_MINUTES = 30.0
 # How often ranks that wait for long meet: well within the shortest run.timeout.
@@ -36,19 +36,22 @@ _meeting: Meeting | None = None
 def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the process group that torchrun describes in the environment; without torchrun do nothing.
 
+    One process alone under torchrun has no group, but a `meeting`: it would be started again after any error.
     Tensors on a GPU travel by NCCL, tensors on the CPU by gloo. A rank that waits longer than
     timeout_minutes for another fails, and torchrun then ends the others.
 
     Raises TrainingError where the others don't come (`name_start`), and SystemExit in a process that torchrun has
     started again though the run can't go on (`Meeting.end`).
     """
-    if torch_dist.is_initialized() or not _is_one_of_several():
+    global _meeting
+    if torch_dist.is_initialized() or _meeting is not None:
+        return
+    if not _is_one_of_several() and TORCHRUN not in os.environ:
         return
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    global _meeting
     timeout = timedelta(minutes=timeout_minutes)
     store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
     # The store outlives ranks that torchrun starts again: without names of their own they would look for the
@@ -58,6 +61,8 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     _meeting = Meeting(store, own_rank, ranks, launch=launch)
     if (code := _meeting.ended) is not None:
         sys.exit(code)
+    if ranks == 1:
+        return
     group = torch_dist.PrefixStore("group", store)
     torch_dist.init_process_group(backend, timeout=timeout, store=group, rank=own_rank, world_size=ranks)
 

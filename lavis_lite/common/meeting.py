@@ -46,12 +46,14 @@ class Meeting:
         self._over = threading.Event()
         # A clone has a connection of its own: the main thread may be waiting at the store for long.
         self._thread = threading.Thread(target=self._beat, args=(self._store.clone(),), daemon=True)
-        self._thread.start()
+        if ranks > 1:
+            self._thread.start()
 
     def close(self) -> None:
         """Beat no more."""
         self._over.set()
-        self._thread.join(timeout=1.0)
+        if self._thread.is_alive():
+            self._thread.join(timeout=1.0)
 
     def leave(self) -> None:
         """Beat no more, in order: nobody is to take the silence for a rank that is lost."""
