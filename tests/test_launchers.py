@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from kills import newest, ranks_of
+from launcher_helpers import SHORT_ROLL_CALLS, launchers, real_launchers, write_script
 from runner_helpers import ROOT, environment, free_port, logged, project, wait_for
 
 PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$@"; fi\n'
@@ -37,21 +37,12 @@ NAMED = r"(?:benchmarks|docs|projects|run_scripts|tests)/[\w./-]+\.(?:yaml|sh|py
 SCONTROL = '#!/bin/sh\nif [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "scontrol $*"; fi\n'
 
 
-def _script(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("launch_node.sh", "launch_nodes.sh", "slurm.sh"):
-        (tmp_path / "run_scripts").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "run_scripts" / name, tmp_path / "run_scripts" / name)
-    _script(tmp_path / "run_scripts" / "environment.sh", f'repository="{tmp_path}"\n')
-    _script(tmp_path / ".venv" / "bin" / "python", PYTHON)
+    launchers(tmp_path)
+    write_script(tmp_path / ".venv" / "bin" / "python", PYTHON)
     for name, text in (("srun", SRUN), ("step", STEP), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
-        _script(tmp_path / "bin" / name, text)
+        write_script(tmp_path / "bin" / name, text)
     return tmp_path
 
 
@@ -98,7 +89,7 @@ def test_nodes_meet_at_the_head(checkout: Path) -> None:
 def test_a_wrong_configuration_is_said_once_and_nothing_is_started(checkout: Path, script: str) -> None:
     wrong = 'echo "error: run.max_stepz"; exit 2'
     check = f'#!/bin/sh\ncase "$*" in "train.py --cfg-path a file.yaml --print-config") {wrong};; *) echo 0;; esac\n'
-    _script(checkout / ".venv" / "bin" / "python", check.replace('max_stepz"', 'max_stepz" >&2'))
+    write_script(checkout / ".venv" / "bin" / "python", check.replace('max_stepz"', 'max_stepz" >&2'))
     process = _start(checkout, script, NODES="1", HEAD="here:1")
     assert _output(process) == "error: run.max_stepz\n" and process.returncode == 2
 
@@ -160,7 +151,7 @@ def test_machines_that_share_a_folder_install_by_turns(tmp_path: Path) -> None:
     shutil.copy(ROOT / "run_scripts" / "environment.sh", tmp_path / "run_scripts")
     for name in ("pyproject.toml", "setup.py"):
         (tmp_path / name).write_text("")
-    _script(tmp_path / "python", INSTALLING)
+    write_script(tmp_path / "python", INSTALLING)
     source = ["bash", "-c", f"source {tmp_path}/run_scripts/environment.sh ''"]
     env = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python")}
     processes = [subprocess.Popen(source, env=env, cwd=tmp_path) for _ in range(3)]
@@ -168,18 +159,15 @@ def test_machines_that_share_a_folder_install_by_turns(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().split() == ["began", "ended"]
 
 
-@pytest.fixture
-def real_checkout(checkout: Path) -> Path:
-    """The launchers with this Python and the real train.py."""
-    _script(checkout / ".venv" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (checkout / "train.py").symlink_to(ROOT / "train.py")
-    return checkout
-
-
-def _nodes(checkout: Path, path: Path, *options: str, **variables: str) -> list[subprocess.Popen[str]]:
-    """Two launchers of a rank each, as if on machines of their own."""
-    command = ["bash", str(checkout / "run_scripts" / "launch_nodes.sh"), "--cfg-path", str(path)]
-    head = {"NODES": "2", "NPROC": "1", "HEAD": f"127.0.0.1:{free_port()}", "CUDA_VISIBLE_DEVICES": ""}
+def _nodes(folder: Path, path: Path, *options: str, **variables: str) -> list[subprocess.Popen[str]]:
+    """NODES real launchers, as if on machines of their own."""
+    command = [
+        "bash",
+        str(real_launchers(folder) / "run_scripts" / "launch_nodes.sh"),
+        "--cfg-path",
+        str(path),
+    ]
+    head = {"HEAD": f"127.0.0.1:{free_port()}", "CUDA_VISIBLE_DEVICES": "", "GPUS": "0"}
     return [
         subprocess.Popen(
             [*command, "--options", *options],
@@ -188,17 +176,18 @@ def _nodes(checkout: Path, path: Path, *options: str, **variables: str) -> list[
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(2)
+        for _ in range(int(variables["NODES"]))
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
-def test_two_nodes_train_one_model_and_start_again_where_one_loses_its_rank(real_checkout: Path) -> None:
+def test_two_nodes_train_one_model_and_start_again_where_one_loses_its_rank(tmp_path: Path) -> None:
     """The other's launcher starts its rank again for the first one's sake, or after its end: they count differently."""
-    run = real_checkout / "run"
-    path = project(real_checkout, max_steps=8, save_every=1, log_every=1, timeout=1.0)
-    nodes = _nodes(real_checkout, path, "datasets.fake.seconds=0.05", RESTARTS="1")
+    run = tmp_path / "run"
+    path = project(tmp_path, max_steps=8, save_every=1, log_every=1, timeout=2.0)
+    options = ("datasets.fake.seconds=0.05", SHORT_ROLL_CALLS)
+    nodes = _nodes(tmp_path / "checkout", path, *options, NODES="2", NPROC="1", RESTARTS="1")
     wait_for(lambda: newest(run) >= 2, 200)
     (killed,) = ranks_of(nodes[1].pid).values()
     os.kill(killed, signal.SIGKILL)
@@ -209,14 +198,14 @@ def test_two_nodes_train_one_model_and_start_again_where_one_loses_its_rank(real
 
 
 @pytest.mark.slow
-def test_a_stopped_launcher_does_not_end_as_a_finished_one(real_checkout: Path) -> None:
+def test_a_stopped_launcher_does_not_end_as_a_finished_one(tmp_path: Path) -> None:
     """Which is how slurm.sh tells whether a job has to be queued again."""
-    path = project(real_checkout, max_steps=100_000)
-    nodes = _nodes(real_checkout, path, "run.log_every=1", RESTARTS="0")
-    log = real_checkout / "run" / "log.jsonl"
+    path = project(tmp_path, max_steps=100_000)
+    nodes = _nodes(tmp_path / "checkout", path, "run.log_every=1", NODES="1", NPROC="2", RESTARTS="0")
+    log = tmp_path / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size > 0, 200)
     for node in nodes:
         node.send_signal(signal.SIGTERM)
     said = [node.communicate(timeout=200)[0] for node in nodes]
     assert 0 not in [node.returncode for node in nodes], said
-    assert any((real_checkout / "run" / "checkpoints").iterdir())
+    assert any((tmp_path / "run" / "checkpoints").iterdir())

@@ -68,7 +68,7 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
 
 
 def meeting() -> Meeting | None:
-    """Where ranks say what their exchanges can't; None for one process, or before `init`."""
+    """Where ranks say what their exchanges can't; None without torchrun, or before `init`."""
     return _meeting
 
 

@@ -38,8 +38,8 @@ class Meeting:
 
     def __init__(self, store: Store, rank: int, ranks: int, *, launch: Store) -> None:
         self.rank, self.ranks = rank, ranks
-        self._launch = PrefixStore("launch", launch)
-        self._store = PrefixStore("meeting", store)
+        self._launch: Store = PrefixStore("launch", launch)
+        self._store: Store = PrefixStore("meeting", store)
         self._seen_claimed = False
         self._watch: tuple[Lookout, Callable[[Meeting], None]] | None = None
         self._answering: threading.Thread | None = None
