@@ -47,6 +47,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fairscale2_recomputing": ("fairscale", 2, {"checkpoint_blocks": True}),
     "fairscale4": ("fairscale", 4, {}),
 }
+# With fp16's loss scaler, and a loss on the last rank that is not a number: one case of them.
+SCALED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "single_scaled": ("single", 1, {}),
+    "ddp2_scaled": ("ddp", 2, {}),
+    "fsdp2_2_scaled": ("fsdp2", 2, {}),
+    "fairscale2_scaled": ("fairscale", 2, {}),
+}
+SCALED_CASE, BAD_STEP = "stage1", 2
 BLOCKS = {"name": "shapes_vit", "width": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
 WORDS = [
     "dogs",
@@ -116,8 +124,9 @@ def build(case: str, folder: Path, *, recompute: bool = True) -> nn.Module:
 
 
 def train(run: str, case: str, folder: Path) -> dict[str, Any]:
-    """Losses, gradient norms and trained weights of five steps; the last batch has other sizes on each rank."""
-    name, _, options = RUNS[run]
+    """Losses, gradient norms, loss scales and trained weights of five steps; the last batch has other sizes on each
+    rank."""
+    name, _, options = {**RUNS, **SCALED}[run]
     batch_of = CASES[case][1]
     strategy = build_strategy(name, options)
     model = build(case, folder, recompute="checkpoint_blocks" not in options)
@@ -129,7 +138,9 @@ def train(run: str, case: str, folder: Path) -> dict[str, Any]:
     for group in getattr(optimizer, "optim", optimizer).param_groups + optimizer.param_groups:
         group["eps"] = 1e-3
     optim.set_lr(optimizer, 1e-2)
-    found: dict[str, Any] = {"losses": [], "norms": []}
+    scaler = strategy.scaler(device, enabled=run in SCALED)
+    scaler.set_growth_interval(2)
+    found: dict[str, Any] = {"losses": [], "norms": [], "scales": []}
     for step in range(STEPS):
         total = 0.0
         for micro in range(ACCUM):
@@ -138,13 +149,18 @@ def train(run: str, case: str, folder: Path) -> dict[str, Any]:
             context = strategy.no_sync(wrapped) if micro < ACCUM - 1 else memoryless()
             with context:
                 loss = wrapped(samples)["loss"]
+                if run in SCALED and step == BAD_STEP and dist.rank() == dist.world_size() - 1:
+                    loss = loss * float("nan")
                 if step == 0 and name == "fsdp2":
                     found["frozen"] = frozen_parts(model)
-                (loss / ACCUM).backward()
+                scaler.scale(loss / ACCUM).backward()
             total += dist.reduce_mean({"loss": loss})["loss"] / ACCUM
         found["losses"].append(total)
+        scaler.unscale_(optimizer)
         found["norms"].append(float(strategy.clip_gradients(optimizer, 1.0)))
-        optimizer.step()
+        found["scales"].append(scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if step == 1:
             found["alone"] = alone(strategy, wrapped, model, batch_of)
@@ -202,13 +218,13 @@ def main(folder: Path, only: str | None = None) -> None:
     losses.sample_negatives = hardest
     for case in CASES:  # what models and optimisers import late, imported once and not in every rank
         build(case, folder / "imports")
-    for run, (name, world, _) in RUNS.items():
+    for run, (name, world, _) in {**RUNS, **SCALED}.items():
         if only not in (None, name):
             continue
         for rank in ranks(world):
             try:
                 dist.init(2)
-                for case in CASES:
+                for case in CASES if run in RUNS else [SCALED_CASE]:
                     found = train(run, case, folder / f"{run}.{rank}")
                     if rank == 0:
                         torch.save(found, folder / f"{run}.{case}.pt")

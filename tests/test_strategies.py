@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from runner_helpers import assert_same_bits, project, run_ranks, start, train_command, weights
-from strategy_scenario import CASES, RUNS
+from strategy_scenario import BAD_STEP, CASES, RUNS, SCALED, SCALED_CASE, STEPS
 from torch import nn
 
 from lavis_lite.common import dist
@@ -33,6 +34,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any
     for run in RUNS:
         for case in CASES:
             read[run, case] = torch.load(folder / f"{run}.{case}.pt", weights_only=True)
+    for run in SCALED:
+        read[run, SCALED_CASE] = torch.load(folder / f"{run}.{SCALED_CASE}.pt", weights_only=True)
     return read
 
 
@@ -45,6 +48,20 @@ def test_as_one_process_with_the_joined_batch(found: dict[Any, Any], run: str, c
     assert several["losses"] == pytest.approx(one["losses"], rel=2e-5)
     assert several["norms"] == pytest.approx(one["norms"], rel=1e-4)
     assert several["weights"].keys() == one["weights"].keys()
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(several["weights"][key], weight, rtol=1e-4, atol=2e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [run for run in SCALED if run != "single_scaled"])
+def test_ranks_scale_the_loss_as_one_process_does(found: dict[Any, Any], run: str) -> None:
+    """fp16's scaler: the scale grows after two good steps, and a loss that is NaN on one rank costs all a step."""
+    one, several = found["single_scaled", SCALED_CASE], found[run, SCALED_CASE]
+    assert one["scales"] == [2.0**16, 2.0**16, 2.0**17, 2.0**16, 2.0**16]
+    assert several["scales"] == one["scales"]
+    assert [step for step in range(STEPS) if math.isnan(one["norms"][step])] == [BAD_STEP]
+    assert several["losses"] == pytest.approx(one["losses"], rel=2e-5, nan_ok=True)
+    assert several["norms"] == pytest.approx(one["norms"], rel=1e-4, nan_ok=True)
     for key, weight in one["weights"].items():
         torch.testing.assert_close(several["weights"][key], weight, rtol=1e-4, atol=2e-6, msg=key)
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.base import Strategy, clip_shards
 from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
+from lavis_lite.parallel.scaling import AgreeingScaler
 
 
 @registry.register_strategy("fairscale")
@@ -76,7 +76,7 @@ class FairscaleStrategy(Strategy):
 
     def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
         """A scaler whose ranks agree on overflows, of which each sees its own part."""
-        return ShardedGradScaler(device.type, enabled=enabled)
+        return AgreeingScaler(device, enabled=enabled)
 
     def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
         """As of `Strategy`: each rank has the gradients of the parameters that it updates."""

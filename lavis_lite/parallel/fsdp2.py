@@ -19,7 +19,6 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavis_lite.common import dist, optim
@@ -27,6 +26,7 @@ from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.base import Strategy, clip_shards, tied_names, trained
 from lavis_lite.parallel.blocks import transformer_blocks
+from lavis_lite.parallel.scaling import AgreeingScaler
 
 
 class _Root(nn.Module):
@@ -118,7 +118,7 @@ class FSDP2Strategy(Strategy):
 
     def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
         """A scaler whose ranks agree on overflows, of which each sees its own part."""
-        return ShardedGradScaler(device.type, enabled=enabled)
+        return AgreeingScaler(device, enabled=enabled)
 
     def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
         """As of `Strategy`; gradients of what every rank keeps are averaged here."""
