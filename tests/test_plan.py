@@ -205,6 +205,22 @@ def test_fairscale_shards_only_frozen_blocks_of_one_type_and_only_on_cuda() -> N
         assert (plan.gathered > 0) is shared
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_fairscale_gathers_for_a_backward_pass_is_planned_as_whole(precision: str) -> None:
+    """The language model's frozen blocks, which nothing gives back before their next forward pass."""
+    options = [f"model.language_model.precision={precision}", "model.vision_encoder.precision=fp32"]
+    cfg = load_config(REPOSITORY / "projects/blip2/pretrain_stage2.yaml", options)
+    target = replace(CPU, device_type="cuda", world_size=4, strategy="fairscale")
+    plan = Planner(cfg, target).plan(8)
+    whole = Planner(cfg, replace(target, strategy="ddp")).plan(8)
+    cut = {
+        one.name
+        for one, other in zip(plan.parts, whole.parts, strict=True)
+        if one.parameters < other.parameters
+    }
+    assert cut == {"image encoder"}
+
+
 def test_the_book_finds_the_peak_and_what_it_is_made_of() -> None:
     first, second = Block(10, "activation", "a"), Block(5, "gradient", "b")
     book = Book([(1, first), (1, second), (-1, first), (1, Block(7, "temporary", "a")), (-1, second)])

@@ -17,7 +17,7 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import newest
 from lavis_lite.common.errors import ConfigError
-from lavis_lite.parallel import auto
+from lavis_lite.parallel import auto, fairscale
 from lavis_lite.parallel.base import build_strategy, check_quantized, clip_shards, is_quantized
 from lavis_lite.parallel.blocks import transformer_blocks
 
@@ -108,6 +108,34 @@ def test_blocks_are_lists_of_one_class_that_is_called() -> None:
     tower = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     model = nn.ModuleDict({"tower": tower, "other": nn.ModuleList([Piecewise(), Piecewise()])})
     assert transformer_blocks(model) == list(tower[2])
+
+
+def test_fairscale_wraps_frozen_blocks_that_it_takes_and_tells_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its FullyShardedDataParallel is only built here: it runs on CUDA alone, and refuses bf16."""
+    fully_sharded = pytest.importorskip("fairscale.nn.data_parallel").FullyShardedDataParallel
+
+    def tower(dtype: torch.dtype, trained: bool = False) -> nn.Module:
+        return nn.ModuleList([nn.Linear(4, 4, dtype=dtype).requires_grad_(trained) for _ in range(2)])
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    model = nn.ModuleDict({name: tower(dtype) for name, dtype in dtypes.items()})
+    model["trained"] = tower(torch.float32, trained=True)
+    said: list[str] = []
+    monkeypatch.setattr(fairscale.logger, "warning", lambda text, *args: said.append(text % args))
+    torch.distributed.init_process_group("fake", rank=0, world_size=2)
+    try:
+        sharded = fairscale._shard_frozen_blocks(model, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sharded == [*model["fp32"], *model["fp16"]]
+    for block in sharded:
+        assert isinstance(block, fully_sharded)
+        # Blocks are roots, which stay whole after a forward pass unless told otherwise.
+        assert block.reshard_after_forward and not block.disable_reshard_on_root
+    assert {type(block) for name in ("bf16", "trained") for block in model[name]} == {nn.Linear}
+    assert len(said) == 1 and "leaves 2 of 6 frozen blocks whole" in said[0] and "fsdp2" in said[0]
 
 
 @pytest.mark.parametrize(("memory", "chosen"), [(None, "ddp"), (10**9, "ddp"), (1000, "fsdp2")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -51,10 +52,14 @@ def _called(block: nn.Module) -> list[nn.Module]:
 
 
 def frozen_blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks whose frozen weights can be flattened into one: nothing trained, and one dtype."""
-    return [block for block in transformer_blocks(module) if _is_frozen_of_one_type(block)]
+    """The transformer blocks of which nothing is trained."""
+    return [b for b in transformer_blocks(module) if not any(p.requires_grad for p in b.parameters())]
 
 
-def _is_frozen_of_one_type(block: nn.Module) -> bool:
-    parameters = list(block.parameters())
-    return len({p.dtype for p in parameters}) == 1 and not any(p.requires_grad for p in parameters)
+def flattenable_blocks(module: nn.Module) -> list[nn.Module]:
+    """The frozen blocks that fairscale's FullyShardedDataParallel takes: all weights in fp32, or all in fp16.
+
+    It flattens them into one, and refuses bf16 (0.4.13).
+    """
+    kinds = ({torch.float32}, {torch.float16})
+    return [block for block in frozen_blocks(module) if {p.dtype for p in block.parameters()} in kinds]

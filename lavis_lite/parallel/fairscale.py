@@ -14,18 +14,24 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
+from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.base import Strategy, clip_shards
-from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
+from lavis_lite.parallel.blocks import flattenable_blocks, frozen_blocks, transformer_blocks
 from lavis_lite.parallel.scaling import AgreeingScaler
+
+logger = get_logger(__name__)
 
 
 @registry.register_strategy("fairscale")
 class FairscaleStrategy(Strategy):
     """OSS and ShardedDataParallel: each process averages and updates some of the parameters, and hands them out.
 
-    fairscale 0.4.13's FullyShardedDataParallel needs CUDA; there the frozen blocks of encoder and language model are
-    wrapped in it. On CPUs they are whole in every process.
+    fairscale 0.4.13's FullyShardedDataParallel needs CUDA; there the frozen blocks of encoder and language model in
+    fp32 or in fp16 are wrapped in it. Those of an encoder are whole only while they run. A backward pass through those
+    of a language model makes them whole again, one by one, and they stay so until their next forward pass: nothing in
+    them has a gradient, which is what would have them given back. `fsdp2` cuts both for good. On CPUs, and in bf16,
+    frozen blocks are whole in every process.
 
     Args:
         checkpoint_blocks: recompute the activations of encoder and language model blocks in the backward pass
@@ -52,7 +58,7 @@ class FairscaleStrategy(Strategy):
         if self.checkpoint_blocks:
             _recompute(model)
         if device.type == "cuda":
-            self.sharded_blocks = _shard_frozen_blocks(model)
+            self.sharded_blocks = _shard_frozen_blocks(model, device)
         model.to(device)
         groups = optim.param_groups(model, **grouping)
         adamw = functools.partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
@@ -114,16 +120,28 @@ def _recompute(model: nn.Module) -> None:
         checkpoint_wrapper(block)  # in place: it replaces the block's forward
 
 
-def _shard_frozen_blocks(model: nn.Module) -> list[Any]:
-    """Wrap each block of which nothing is trained, in place; the wrapped ones."""
+def _shard_frozen_blocks(model: nn.Module, device: torch.device) -> list[Any]:
+    """Wrap each frozen block that fairscale takes, in place; the wrapped ones. Others are told of in one line."""
+    blocks, taken = frozen_blocks(model), flattenable_blocks(model)
+    if len(taken) < len(blocks) and dist.is_main():
+        logger.warning(
+            "run.strategy: fairscale leaves %d of %d frozen blocks whole on every process, since their weights aren't "
+            "all in fp32 or all in fp16; fsdp2 cuts them too",
+            len(blocks) - len(taken),
+            len(blocks),
+        )
     from fairscale.nn.data_parallel import FullyShardedDataParallel
 
     sharded = {}
-    # It flattens a block's parameters into one, so a tower with fp32 norms among bf16 products stays whole.
-    for block in frozen_blocks(model):
+    for block in taken:
         precise = next(block.parameters()).dtype
+        # Each is a root of its own, which by default stays whole after its first forward pass.
         sharded[block] = FullyShardedDataParallel(
-            block.cuda(), reshard_after_forward=True, compute_dtype=precise, buffer_dtype=precise
+            block.to(device),
+            reshard_after_forward=True,
+            disable_reshard_on_root=False,
+            compute_dtype=precise,
+            buffer_dtype=precise,
         )
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

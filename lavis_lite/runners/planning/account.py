@@ -18,7 +18,7 @@ from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel.auto import choose, state_bytes
 from lavis_lite.parallel.base import AUTO, check_quantized, check_strategy, is_quantized
-from lavis_lite.parallel.blocks import frozen_blocks, transformer_blocks
+from lavis_lite.parallel.blocks import flattenable_blocks, transformer_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
 from lavis_lite.runners.planning.sharding import SHARDINGS, recompute_blocks, sharding_of
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
@@ -243,9 +243,11 @@ class Planner:
         """What the strategy shards block by block."""
         if self.sharding.weights == "all":
             return transformer_blocks(self.shape.model)
-        # fairscale's needs CUDA.
-        blocks = self.sharding.weights == "frozen_blocks" and self.target.device_type == "cuda"
-        return frozen_blocks(self.shape.model) if blocks else []
+        # fairscale's needs CUDA, and a backward pass through a block leaves it whole until its next forward: of the
+        # blocks that it cuts, those of a language model count as whole.
+        tower = self.shape.model.visual_encoder
+        cut = self.sharding.weights == "frozen_blocks" and self.target.device_type == "cuda" and tower.freeze
+        return flattenable_blocks(tower) if cut else []
 
     def _sharded(self) -> set[nn.Parameter]:
         """Weights of which a process keeps its share."""

@@ -19,8 +19,9 @@ from lavis_lite.parallel.blocks import transformer_blocks
 class Sharding:
     """What a strategy leaves on every process its share of.
 
-    weights: none; frozen_blocks, those that fairscale can flatten (on CUDA alone); all, whose blocks are whole while
-        they run and whose rest is whole from the forward's beginning to the backward's end (parallel/fsdp2.py).
+    weights: none; frozen_blocks, those of an encoder without gradients that fairscale can flatten (on CUDA alone); all,
+        whose blocks are whole while they run and whose rest is whole from the forward's beginning to the backward's end
+        (parallel/fsdp2.py).
     optimizer: its state, and gradients once they are exchanged. buckets: of gradients, which stay.
     offloaded: those shares are in the machine's own memory. recomputed: blocks keep no activations.
     """
