@@ -144,8 +144,14 @@ class Runner:
 
     def _warn_of_processes(self) -> None:
         before, now = self.state.world_size, dist.world_size()
-        if before != now:
-            logger.warning("the run had %d processes and now has %d: its global batch changes", before, now)
+        if before != now and dist.is_main():
+            # The n-th batch of another size is elsewhere in an epoch.
+            order = "some samples of an epoch are left out" if now > before else "some samples come once more"
+            streams = "; streams go on with the shards that are left" if self.parts.loader.has_streams else ""
+            logger.warning(
+                "the run had %d processes and now has %d: its global batch changes, and as it goes on at the same "
+                "number of batches, %s%s", before, now, order, streams,
+            )  # fmt: skip
 
     @property
     def finished(self) -> bool:

@@ -19,6 +19,7 @@ from lavis_lite.common.device import available_cores, choose_device, choose_prec
 from lavis_lite.common.errors import CheckpointError, ConfigError, closest
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
+from lavis_lite.common.run_config import RunConfig
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.image_features import ImageFeatures
@@ -98,12 +99,15 @@ def build_base(
 def build_parts(cfg: Config, start: StartPoint) -> Parts:
     """Everything training needs, with a checkpoint's contents where the run continues one, and its data in the state.
 
-    Raises ConfigError among others where the data is not what it was at the checkpoint (`note_data`).
+    Raises ConfigError among others where the data is not what it was at the checkpoint (`note_data`), or the number of
+    processes with `run.max_epochs`.
     """
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
     quantized = is_quantized(cfg.model)
     check_strategy(run.strategy)
+    if resumed:
+        _check_epochs(run, state.world_size)
     check_quantized(run.strategy, quantized=quantized)
     if run.max_steps is None and run.max_epochs is None:
         raise ConfigError("the run has no length: set run.max_steps or run.max_epochs")
@@ -157,6 +161,17 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         loader=loader,
         max_steps=max_steps,
     )
+
+
+def _check_epochs(run: RunConfig, before: int) -> None:
+    """Raise ConfigError where steps done are no measure of the epochs done: each had as many as `before` made of it."""
+    now = dist.world_size()
+    if run.max_epochs is not None and before != now:
+        word = "process" if before == 1 else "processes"
+        raise ConfigError(
+            f"run.max_epochs: the run had {before} {word} and now has {now}, with which an epoch is another number of "
+            f"steps: start it with {before} {word}, or set run.max_epochs=null run.max_steps=<steps>"
+        )
 
 
 def encoder_of(base: Base) -> Encoder:
