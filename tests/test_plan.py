@@ -16,6 +16,7 @@ from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sizes import parse_bytes
+from lavis_lite.parallel import auto
 from lavis_lite.parallel.auto import process_memory
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.proposals import _settings, _smaller_batch, propose
@@ -144,6 +145,18 @@ def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
 def test_auto_is_what_the_run_would_choose(stage1: Planner, limit: int | None, chosen: str) -> None:
     four = Planner(stage1.cfg, replace(CPU, world_size=4, limit=limit))
     assert four.strategy == chosen
+
+
+def test_auto_takes_its_share_of_all_of_a_gpu_as_the_run_does(
+    stage1: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not of what --usable leaves of it."""
+    monkeypatch.setattr(auto, "SHARE_FOR_STATE", stage1._needed() / (4 * 2**30 * 0.97))
+    assert auto.choose(stage1._needed(), 4 * 2**30, 4) == "ddp"
+    for usable in ("0.92", "1"):
+        arguments = ["--gpu-memory", "4GB", "--usable", usable, "--world-size", "4", "--json"]
+        plan_main(["--cfg-path", str(STAGE1), *arguments])
+        assert json.loads(capsys.readouterr().out)["strategy"] == "ddp"
 
 
 def test_sharding_and_quantizing_are_not_proposed_together() -> None:
@@ -288,6 +301,8 @@ def test_what_the_run_refuses_is_not_planned(stage1: Planner) -> None:
     cfg = load_config(STAGE1, ["run.strategy_options.cpu_ofload=true"])
     with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
         Planner(cfg, replace(CPU, world_size=2, strategy="fsdp2"))
+    with pytest.raises(ConfigError, match="with strategy auto"):
+        Planner(cfg, replace(CPU, world_size=2))
 
 
 @pytest.mark.parametrize(("device_type", "offloaded"), [("cuda", True), ("cpu", False)])

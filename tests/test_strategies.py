@@ -18,7 +18,13 @@ from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import newest
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel import auto, fairscale
-from lavis_lite.parallel.base import build_strategy, check_quantized, clip_shards, is_quantized
+from lavis_lite.parallel.base import (
+    build_strategy,
+    check_quantized,
+    check_strategy,
+    clip_shards,
+    is_quantized,
+)
 from lavis_lite.parallel.blocks import transformer_blocks
 
 SEVERAL = [run for run in RUNS if run != "single"]
@@ -174,8 +180,40 @@ def test_what_training_holds() -> None:
 def test_memory_is_shared_by_the_machine_s_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 2000 kB\n")
     monkeypatch.setattr(dist, "local_world_size", lambda: 4)
-    assert auto.process_memory(torch.device("cpu"), tmp_path / "meminfo") == 500 * 1024
-    assert auto.process_memory(torch.device("cpu"), tmp_path / "nothing") is None
+    cpu, nothing = torch.device("cpu"), tmp_path / "nothing"
+    assert auto.process_memory(cpu, tmp_path / "meminfo", cgroup=nothing) == 500 * 1024
+    assert auto.process_memory(cpu, nothing, cgroup=nothing) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "stat", "files"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_container_s_limit_counts(limit: str, usage: str, stat: str, files: str, tmp_path: Path) -> None:
+    """Less what is used of it, but for files that would make room; one that is far away, or none, changes nothing."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "meminfo").write_text("MemAvailable: 2000 kB\n")
+    (tmp_path / usage).write_text("500000\n")
+
+    def memory() -> int | None:
+        meminfo, cpu = tmp_path / "meminfo", torch.device("cpu")
+        return auto.process_memory(cpu, meminfo, cgroup=tmp_path, processes=2)
+
+    (tmp_path / limit).write_text("900000\n")
+    assert memory() == 200_000
+    (tmp_path / stat).write_text(f"anon 300000\n{files} 200000\n")
+    assert memory() == 300_000
+    for large in ("max\n", "9223372036854771712\n"):
+        (tmp_path / limit).write_text(large)
+        assert memory() == 1000 * 1024
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0, 100.0])
@@ -198,6 +236,15 @@ def test_options_are_the_keywords_of_the_strategy(monkeypatch: pytest.MonkeyPatc
     assert build_strategy("fairscale", {"checkpoint_blocks": True}).checkpoint_blocks  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
         build_strategy("fsdp2", {"cpu_ofload": True})
+
+
+def test_auto_has_no_options() -> None:
+    """Whether they would be known to what it chooses would depend on the memory that is free."""
+    with pytest.raises(
+        ConfigError, match=r"cpu_offload with strategy auto.*fairscale \(check.*fsdp2 \(cpu_o"
+    ):
+        check_strategy("auto", options={"cpu_offload": True})
+    check_strategy("auto", options={})
 
 
 MINE = """

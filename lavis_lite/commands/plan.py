@@ -84,13 +84,15 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
         planned = "bf16" if args.gpu_memory else choose_precision("auto", torch.device("cpu"))
     else:
         planned = precision
+    if args.gpu_memory:
+        memory = parse_memory(args.gpu_memory)
+        limit: int | None = round(memory * args.usable)
+    else:
+        memory = limit = process_memory(torch.device("cpu"), processes=args.world_size)
     return Target(
         device_type=device_type,
-        limit=(
-            round(parse_memory(args.gpu_memory) * args.usable)
-            if args.gpu_memory
-            else process_memory(torch.device("cpu"), processes=args.world_size)
-        ),
+        limit=limit,
+        memory=memory,
         runtime=runtime_of(device_type),
         world_size=args.world_size,
         strategy=args.strategy or config.run.strategy,

@@ -14,6 +14,16 @@ from lavis_lite.parallel.base import AUTO
 # The rest of a process's memory is for activations, buckets and what the allocator can't use.
 SHARE_FOR_STATE = 0.6
 GB = 1e9
+# Of control groups, version 2 and 1: the limit, what is used of it, its parts, and among those files not lately read.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 logger = get_logger(__name__)
 
@@ -22,8 +32,8 @@ def choose_strategy(name: str, model: nn.Module, device: torch.device, *, quanti
     """The strategy that a name means; `auto` is chosen by the model's size, the memory and the number of processes.
 
     One process: single. Several: ddp where weights, gradients and moments of the whole model take at most 60% of
-    a process's memory, or its language model is quantized, which can't be sharded; else fsdp2. The reason is logged in
-    one line.
+    a process's memory, or its language model is quantized, which can't be sharded; else fsdp2. With several the reason
+    is logged in one line.
     """
     if name != AUTO:
         return name
@@ -52,19 +62,46 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def process_memory(
-    device: torch.device, meminfo: Path = Path("/proc/meminfo"), *, processes: int | None = None
+    device: torch.device,
+    meminfo: Path = Path("/proc/meminfo"),
+    *,
+    cgroup: Path = Path("/sys/fs/cgroup"),
+    processes: int | None = None,
 ) -> int | None:
-    """Bytes this process may use: its GPU's, or its share of the machine's available ones; None if nothing tells.
+    """Bytes this process may use: its GPU's, or its share of what the machine has available and, in a container, its
+    limit leaves; None if nothing tells.
 
     processes: that share the machine, by default those of the run.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    known = [size for size in (_machine_memory(meminfo), _container_memory(cgroup)) if size is not None]
+    return min(known) // (processes or dist.local_world_size()) if known else None
+
+
+def _machine_memory(meminfo: Path) -> int | None:
     try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // (processes or dist.local_world_size())
+        return _numbers(meminfo)["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def _container_memory(cgroup: Path) -> int | None:
+    """What a container's limit leaves, with what files fill that would make room; None where there is no limit."""
+    for files in CGROUP_FILES:
+        limit, usage, stat = (cgroup / file for file in files[:3])
+        try:
+            dropped = _numbers(stat).get(files[3], 0) if stat.exists() else 0
+            return max(0, int(limit.read_text()) - int(usage.read_text()) + dropped)
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return None
+
+
+def _numbers(table: Path) -> dict[str, int]:
+    """A file of lines with a name and a number."""
+    rows = (line.replace(":", " ").split() for line in table.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def _reason(chosen: str, needed: int, there: int | None, quantized: bool) -> str:

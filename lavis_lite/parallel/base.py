@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -140,9 +141,20 @@ def check_quantized(name: str, *, quantized: bool) -> None:
         )
 
 
-def check_strategy(name: str, processes: int | None = None) -> None:
-    """Raise ConfigError for a strategy that isn't there or doesn't fit so many processes, by default the run's."""
+def check_strategy(
+    name: str, processes: int | None = None, *, options: Mapping[str, Any] | None = None
+) -> None:
+    """Raise ConfigError for a strategy that isn't there or doesn't fit so many processes, by default the run's.
+
+    options: `run.strategy_options`, which `auto` can't have: whether the one it chooses knows them would depend on the
+    memory that happens to be free. Those of a named strategy are checked when it is built.
+    """
     if name == AUTO:
+        if options:
+            raise ConfigError(
+                f"run.strategy_options: {', '.join(options)} with strategy auto, which may choose one without; set "
+                f"run.strategy to one that has options: {_with_options()}"
+            )
         return
     processes = processes or dist.world_size()
     registry.get_strategy_class(name)
@@ -155,6 +167,14 @@ def check_strategy(name: str, processes: int | None = None) -> None:
         raise ConfigError(
             f"run.strategy: '{name}' needs several processes: use torchrun --nproc-per-node=<n>, or strategy auto"
         )
+
+
+def _with_options() -> str:
+    """The strategies that have options, and which."""
+    found = {
+        n: inspect.signature(registry.get_strategy_class(n)).parameters for n in registry.names("strategy")
+    }
+    return ", ".join(f"{name} ({', '.join(known)})" for name, known in found.items() if known)
 
 
 def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:

@@ -105,7 +105,7 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
     quantized = is_quantized(cfg.model)
-    check_strategy(run.strategy)
+    check_strategy(run.strategy, options=run.strategy_options)
     if resumed:
         _check_epochs(run, state.world_size)
     check_quantized(run.strategy, quantized=quantized)

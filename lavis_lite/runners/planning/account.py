@@ -37,7 +37,8 @@ ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
 class Target:
     """What the run is to fit into: one process's memory, in bytes.
 
-    device_type: cpu or cuda. limit: None for no limit. runtime: what a process holds besides tensors. text_tokens: of
+    device_type: cpu or cuda. limit: None for no limit. memory: all of the device, of which `auto` takes its share; by
+    default the limit. runtime: what a process holds besides tensors. text_tokens: of
     every text, None for the longest. stored_features: the frozen encoder's features are read from disk,
     while it stays for validation.
     """
@@ -50,15 +51,20 @@ class Target:
     precision: str = "fp32"
     text_tokens: int | None = None
     stored_features: bool = False
+    memory: int | None = None
 
-    def resolved_strategy(self, needed: int, *, quantized: bool = False) -> str:
+    def resolved_strategy(
+        self, needed: int, *, quantized: bool = False, options: Mapping[str, Any] | None = None
+    ) -> str:
         """The strategy's name, `auto` as a run chooses it for a model whose state takes so many bytes.
 
         Raises ConfigError for one whose memory isn't known, or that such a run would refuse.
         """
         name = self.strategy
         if name == AUTO:
-            name = choose(needed, self.limit, self.world_size, quantized=quantized)
+            check_strategy(name, self.world_size, options=options)
+            memory = self.limit if self.memory is None else self.memory
+            name = choose(needed, memory, self.world_size, quantized=quantized)
         if name not in SHARDINGS:
             raise ConfigError(f"run.strategy: no plan for '{name}'; known: {', '.join(SHARDINGS)}")
         if name != "single" and self.world_size == 1:
@@ -132,7 +138,9 @@ class Planner:
         self.shape: Shape = build_shape(
             cfg, text_tokens=target.text_tokens, stored_features=target.stored_features
         )
-        self.strategy = target.resolved_strategy(self._needed(), quantized=is_quantized(cfg.model))
+        self.strategy = target.resolved_strategy(
+            self._needed(), quantized=is_quantized(cfg.model), options=cfg.run.strategy_options
+        )
         self.sharding = sharding_of(self.strategy, cfg.run.strategy_options, target.device_type)
         if self.sharding.recomputed:
             recompute_blocks(self.shape.model)
