@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func
 from generative_helpers import tiny_generative_config
 from runner_helpers import assert_same_bits, config, weights
 from stage1_helpers import tiny_config, tiny_samples, write_tokenizer
 from torch import nn
+from torch._inductor.exc import InductorError
 
+from lavis_lite.common.errors import TrainingError
 from lavis_lite.common.registry import registry
 from lavis_lite.parallel.blocks import compiled_blocks
 from lavis_lite.runners import compiling
@@ -111,3 +114,24 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(
     assert losses[0] == losses[1] == losses[2]
     assert len(said) == 1 and "\n" not in said[0] and "no kernel for this" in said[0]
     assert said[0].startswith("run.compile: going on without, since a block can't be compiled: ")
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_one_line(tmp_path: Path) -> None:
+    """The forward pass is compiled, and long over."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def failing(graph: Any, inputs: Any) -> Any:
+        raise InductorError(RuntimeError("no kernel for this\nlong explanation"), None)
+
+    def plain(graph: Any, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    function = torch.compile(torch.tanh, backend=aot_autograd(fw_compiler=plain, bw_compiler=failing))
+    loss = function(torch.ones(3, requires_grad=True)).sum()
+    with pytest.raises(TrainingError) as caught, compiling.backward_errors():
+        loss.backward()
+    assert "can't be compiled: RuntimeError: no kernel for this; set run.compile=false" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="another"), compiling.backward_errors():
+        raise ValueError("another")

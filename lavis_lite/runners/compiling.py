@@ -6,12 +6,15 @@ what depends on a batch's values (packing texts, drawing negatives) stays in Pyt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from lavis_lite.common.errors import TrainingError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.parallel.blocks import compiled_blocks
 
@@ -80,6 +83,24 @@ def compile_blocks(model: nn.Module, device: torch.device) -> int:
             "run.compile: this model has no blocks that are called as modules; nothing is compiled"
         )
     return len(blocks)
+
+
+@contextlib.contextmanager
+def backward_errors() -> Iterator[None]:
+    """Around a backward pass, where a block's own is compiled, too late to run the block as it is.
+
+    Raises TrainingError, one line, for a compiler's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        compiler = sys.modules.get("torch._dynamo.exc")  # slow to load, and there where anything was compiled
+        if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+            raise
+        raise TrainingError(
+            f"run.compile: a block's backward pass can't be compiled: {_line(error)}; set run.compile=false, and the "
+            "same command continues the run"
+        ) from error
 
 
 def compiler_failure(device: torch.device) -> str | None:

@@ -28,6 +28,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.signals import StopSignals
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
+from lavis_lite.runners.compiling import backward_errors
 from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
 from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
@@ -171,7 +172,8 @@ class Runner:
             with nullcontext() if micro == accum - 1 else parts.strategy.no_sync(parts.wrapped):
                 with autocast(parts.device, parts.precision):
                     losses = parts.wrapped(samples)
-                parts.scaler.scale(losses["loss"] / accum).backward()
+                with backward_errors():
+                    parts.scaler.scale(losses["loss"] / accum).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / accum
         self._update(sums)
