@@ -18,6 +18,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.sizes import parse_bytes
 from lavis_lite.parallel import auto
 from lavis_lite.parallel.auto import process_memory
+from lavis_lite.parallel.blocks import transformer_blocks
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.proposals import _settings, _smaller_batch, propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
@@ -202,6 +203,29 @@ def test_fsdp2_keeps_the_q_former_whole_through_a_step(stage1: Planner) -> None:
     accumulated = Planner(cfg, target).plan(8)
     for part in accumulated.parts:
         assert part.gradients >= part.gradients_whole
+
+
+@pytest.mark.parametrize(("accumulated", "times"), [(1, 2), (2, 1)])
+def test_fsdp2_holds_a_block_s_gradients_whole_until_they_are_exchanged(accumulated: int, times: int) -> None:
+    """Beside a buffer with those of the block before; accumulated ones are whole anyway."""
+    options = ["model.vision_encoder.freeze=false", f"run.accum_grad_iters={accumulated}"]
+    target = replace(CPU, world_size=4, strategy="fsdp2")
+    planner = Planner(load_config(STAGE1, options), target)
+    blocks = transformer_blocks(planner.shape.model.visual_encoder)
+    largest = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
+    assert planner._exchanged() == times * largest
+    assert planner.plan(8).temporaries >= times * largest
+
+
+def test_fsdp2_exchanges_all_that_lies_outside_of_blocks_in_one_buffer(stage1: Planner) -> None:
+    """It outweighs a small batch's activations, which are gone by then."""
+    cfg = load_config(STAGE1, ["model.max_txt_len=4"])
+    planner = Planner(cfg, replace(CPU, world_size=4, strategy="fsdp2"))
+    plan = planner.plan(1)
+    outside = sum(part.gradients_whole for part in plan.parts)
+    assert planner._exchanged() == 0 and planner._exchanged_at_the_end() == outside
+    assert plan.temporaries >= outside
+    assert sum(part.gradients for part in plan.parts) >= outside
 
 
 def test_fairscale_shards_only_frozen_blocks_of_one_type_and_only_on_cuda() -> None:

@@ -183,7 +183,7 @@ class Planner:
         share: dict[tuple[Kind, str], float] = {
             ("gradient", name): self._gradient_share(name) for name in ORDER
         }
-        _, at_peak = self._book(batch).peak(share)
+        _, at_peak = self._book(batch).followed_by(self._exchanged_at_the_end()).peak(share)
         held: Counter[tuple[str, str]] = Counter(
             {(kind, part): size for (kind, part), size in at_peak.items()}
         )
@@ -194,7 +194,8 @@ class Planner:
             precision=self.target.precision,
             parts=tuple(p for p in parts if p.numbers or p.activations),
             copies=sum(size for (kind, _), size in held.items() if kind == "copy"),
-            temporaries=sum(size for (kind, _), size in held.items() if kind == "temporary"),
+            temporaries=sum(size for (kind, _), size in held.items() if kind == "temporary")
+            + self._exchanged(),
             gathered=self._gathered(),
             runtime=self.target.runtime,
             limit=self.target.limit,
@@ -281,6 +282,21 @@ class Planner:
         kept = early * self.sharding.share(self.target.world_size)
         return (total - early + kept) / total if total else 1.0
 
+    def _exchanged(self) -> int:
+        """Gradients of the largest trained block that fsdp2 exchanges: whole as they come (accumulated ones are so
+        anyway), while the block before them waits in a buffer of the same size."""
+        if self.sharding.weights != "all":
+            return 0
+        largest = max((_bytes(block, trained=True) for block in self._blocks()), default=0)
+        return largest * (1 if self.cfg.run.accum_grad_iters > 1 else 2)
+
+    def _exchanged_at_the_end(self) -> int:
+        """The buffer for all that fsdp2 exchanges at the end of the backward pass: what lies outside of blocks."""
+        if self.sharding.weights != "all":
+            return 0
+        within = sum(_bytes(block, trained=True) for block in self._blocks())
+        return _bytes(self.shape.model, trained=True) - within
+
     def _gathered(self) -> int:
         """Sharded weights that are whole at one moment, in their own precision: the largest block and the
         next one, which is fetched meanwhile, and what lies outside of blocks."""
@@ -316,8 +332,8 @@ def largest_batch(total: Callable[[int], int], limit: int, start: int) -> int:
     return good
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _bytes(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _optimizer_bytes(shape: Shape, cfg: Config) -> Counter[str]:

@@ -56,6 +56,11 @@ class Book:
 
     events: list[tuple[int, Block]] = field(default_factory=list)
 
+    def followed_by(self, size: int) -> Book:
+        """The same with something of that size that comes and goes after all else."""
+        block = Block(size, "temporary", HEADS)
+        return Book([*self.events, (1, block), (-1, block)]) if size else self
+
     def peak(
         self, share: Mapping[tuple[Kind, str], float] | None = None
     ) -> tuple[int, dict[tuple[Kind, str], int]]:
