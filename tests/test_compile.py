@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch._dynamo
 from functorch.compile import make_boxed_func
 from generative_helpers import tiny_generative_config
-from runner_helpers import assert_same_bits, config, weights
+from runner_helpers import assert_same_bits, config, start, weights
 from stage1_helpers import tiny_config, tiny_samples, write_tokenizer
 from torch import nn
 from torch._inductor.exc import InductorError
@@ -135,3 +136,21 @@ def test_a_backward_pass_that_cannot_be_compiled_is_one_line(tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="another"), compiling.backward_errors():
         raise ValueError("another")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WORKS, reason="torch.compile doesn't work here")
+def test_compiled_blocks_train_under_strategies_as_one_process_does_without(tmp_path: Path) -> None:
+    """Weights that are whole or in parts, trained or frozen, with an evaluation between any two steps."""
+    process = start([sys.executable, "-m", "tests.compile_scenario", str(tmp_path)])
+    _, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err[-3000:]
+    plain, ddp, fsdp2 = (
+        torch.load(tmp_path / f"{run}.pt", weights_only=True) for run in ("plain", "ddp", "fsdp2")
+    )
+    for several in (ddp, fsdp2):
+        assert not several["said"] and several["blocks"] == 4 and several["graphs"] > 0
+        for what in ("losses", "norms", "alone"):
+            assert several[what] == pytest.approx(plain[what], rel=1e-5), what
+        for key, weight in plain["weights"].items():
+            torch.testing.assert_close(several["weights"][key], weight, rtol=1e-4, atol=2e-6, msg=key)

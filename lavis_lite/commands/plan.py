@@ -85,8 +85,8 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     else:
         planned = precision
     if args.gpu_memory:
-        memory = parse_memory(args.gpu_memory)
-        limit: int | None = round(memory * args.usable)
+        memory: int | None = parse_memory(args.gpu_memory)
+        limit = round(parse_memory(args.gpu_memory) * args.usable)
     else:
         memory = limit = process_memory(torch.device("cpu"), processes=args.world_size)
     return Target(
