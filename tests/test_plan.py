@@ -148,13 +148,18 @@ def test_auto_is_what_the_run_would_choose(stage1: Planner, limit: int | None, c
     assert four.strategy == chosen
 
 
-def test_auto_takes_its_share_of_all_of_a_gpu_as_the_run_does(
+def test_auto_takes_its_share_of_a_gpu_as_the_run_does(
     stage1: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not of what --usable leaves of it."""
-    monkeypatch.setattr(auto, "SHARE_FOR_STATE", stage1._needed() / (4 * 2**30 * 0.97))
-    assert auto.choose(stage1._needed(), 4 * 2**30, 4) == "ddp"
-    for usable in ("0.92", "1"):
+    """Whatever --usable leaves of it for the rest of the plan."""
+    card = type("Card", (), {"total_memory": 4 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    there = process_memory(torch.device("cuda"))
+    assert there is not None and there < 4 * 2**30
+    monkeypatch.setattr(auto, "SHARE_FOR_STATE", stage1._needed() / (there - 2))
+    assert auto.choose(stage1._needed(), there, 4) == "ddp"
+    assert auto.choose(stage1._needed(), there - 4, 4) == "fsdp2"
+    for usable in ("0.9", "1"):
         arguments = ["--gpu-memory", "4GB", "--usable", usable, "--world-size", "4", "--json"]
         plan_main(["--cfg-path", str(STAGE1), *arguments])
         assert json.loads(capsys.readouterr().out)["strategy"] == "ddp"

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from lavis_lite.common.config import Config
     from lavis_lite.runners.planning.account import Target
 
-# Cards sold as 24 GB leave 22.2 GiB (with ECC) to 23.6 to programs, those of 40 and 80 more of theirs.
-USABLE = 0.92
-
 
 def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan") -> None:
     """Work out a run's memory by part, the largest batch that fits, and what would make it fit; allocates nothing."""
@@ -32,9 +29,8 @@ def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan
     parser.add_argument(
         "--usable",
         type=float,
-        default=USABLE,
         metavar="SHARE",
-        help="of --gpu-memory, what a program gets of it (%(default)s)",
+        help="of --gpu-memory, what a program gets of it (0.92)",
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--strategy", metavar="NAME", help="by default run.strategy")
@@ -68,14 +64,14 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     import torch
 
     from lavis_lite.common.device import choose_precision
-    from lavis_lite.parallel.auto import process_memory
+    from lavis_lite.parallel.auto import USABLE, process_memory, usable_memory
     from lavis_lite.runners.planning.account import Target
     from lavis_lite.runners.planning.runtime import runtime_of
 
     for name, value in (("--world-size", args.world_size), ("--text-tokens", args.text_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-    if not 0 < args.usable <= 1:
+    if args.usable is not None and not 0 < args.usable <= 1:
         raise ConfigError(f"--usable must be above 0 and at most 1, got {args.usable}")
     device_type = "cuda" if args.gpu_memory else "cpu"
     precision = config.run.precision
@@ -85,8 +81,9 @@ def _target(args: argparse.Namespace, config: Config) -> Target:
     else:
         planned = precision
     if args.gpu_memory:
-        memory: int | None = parse_memory(args.gpu_memory)
-        limit = round(parse_memory(args.gpu_memory) * args.usable)
+        whole = parse_memory(args.gpu_memory)
+        memory: int | None = usable_memory(whole)
+        limit: int | None = round(whole * (USABLE if args.usable is None else args.usable))
     else:
         memory = limit = process_memory(torch.device("cpu"), processes=args.world_size)
     return Target(

@@ -13,6 +13,9 @@ from lavis_lite.parallel.base import AUTO
 
 # The rest of a process's memory is for activations, buckets and what the allocator can't use.
 SHARE_FOR_STATE = 0.6
+# Cards sold as 24 GB leave 22.2 GiB (with ECC) to 23.6 to programs, those of 40 and 80 more of theirs. A run counts on
+# the same share of what it finds as a plan does of what a card is sold as, lest the two choose differently.
+USABLE = 0.92
 GB = 1e9
 # Of control groups, version 2 and 1: the limit, what is used of it, its parts, and among those files not lately read.
 CGROUP_FILES = (
@@ -61,6 +64,11 @@ def state_bytes(model: nn.Module) -> int:
     return held + 3 * trained
 
 
+def usable_memory(gpu: int) -> int:
+    """The part of a GPU's memory that `auto` counts on, in a run and in its plan."""
+    return round(gpu * USABLE)
+
+
 def process_memory(
     device: torch.device,
     meminfo: Path = Path("/proc/meminfo"),
@@ -74,7 +82,7 @@ def process_memory(
     processes: that share the machine, by default those of the run.
     """
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        return usable_memory(int(torch.cuda.get_device_properties(device).total_memory))
     known = [size for size in (_machine_memory(meminfo), _container_memory(cgroup)) if size is not None]
     return min(known) // (processes or dist.local_world_size()) if known else None
 

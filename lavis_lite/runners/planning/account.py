@@ -37,10 +37,9 @@ ALLOCATOR_GAPS = {"cpu": 0.25, "cuda": 0.05}
 class Target:
     """What the run is to fit into: one process's memory, in bytes.
 
-    device_type: cpu or cuda. limit: None for no limit. memory: all of the device, of which `auto` takes its share; by
-    default the limit. runtime: what a process holds besides tensors. text_tokens: of
-    every text, None for the longest. stored_features: the frozen encoder's features are read from disk,
-    while it stays for validation.
+    device_type: cpu or cuda. limit: None for no limit. memory: what `auto` takes its share of, by default the limit.
+    runtime: what a process holds besides tensors. text_tokens: of every text, None for the longest. stored_features:
+    the frozen encoder's features are read from disk, while it stays for validation.
     """
 
     device_type: str
