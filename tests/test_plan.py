@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +28,18 @@ from lavis_lite.runners.planning.trace import Block, Book
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGE1 = REPOSITORY / "projects/blip2/pretrain_stage1.yaml"
 CPU = Target("cpu", None, 0)
+# A plan follows every operation of every layer; two of them show all there is to show.
+SHALLOW = ["model.qformer.num_layers=2"]
+
+
+def shallow(options: Sequence[str] = ()) -> Config:
+    """Stage 1 with few layers."""
+    return load_config(STAGE1, [*SHALLOW, *options])
 
 
 @pytest.fixture(scope="module")
 def stage1() -> Planner:
-    return Planner(load_config(STAGE1), CPU)
+    return Planner(shallow(), CPU)
 
 
 def real_shape(cfg: Config) -> Shape:
@@ -102,7 +110,7 @@ def test_other_processes_texts_and_features_need_memory(stage1: Planner) -> None
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_stored_features_leave_the_encoder_s_weights(stage1: Planner, precision: str) -> None:
-    cfg = load_config(STAGE1, [f"run.features.precision={precision}"])
+    cfg = shallow([f"run.features.precision={precision}"])
     stored = Planner(cfg, replace(CPU, stored_features=True)).plan(8)
     before, after = ({part.name: part for part in p.parts} for p in (stage1.plan(8), stored))
     assert after["image encoder"].parameters == before["image encoder"].parameters
@@ -126,7 +134,7 @@ def test_clips_without_a_processor_have_their_builder_s_frames() -> None:
     assert frames_of(replace(cfg, datasets={"clips": {"builder": "video_vqa"}})) == 8
     assert frames_of(replace(cfg, datasets={"clips": {"builder": "video_vqa"}, "own": own})) == 8
     assert frames_of(replace(cfg, datasets={"own": own})) == 5
-    assert frames_of(load_config(STAGE1)) is None
+    assert frames_of(shallow()) is None
 
 
 def test_sharding_leaves_each_process_its_share(stage1: Planner) -> None:
@@ -204,7 +212,7 @@ def test_fsdp2_keeps_the_q_former_whole_through_a_step(stage1: Planner) -> None:
     plan = Planner(stage1.cfg, target).plan(8)
     qformer = next(part for part in plan.parts if part.name == "Q-Former")
     assert plan.gathered >= qformer.gradients_whole and plan.copies > 0
-    cfg = load_config(STAGE1, ["run.accum_grad_iters=2"])
+    cfg = shallow(["run.accum_grad_iters=2"])
     accumulated = Planner(cfg, target).plan(8)
     for part in accumulated.parts:
         assert part.gradients >= part.gradients_whole
@@ -215,7 +223,7 @@ def test_fsdp2_holds_a_block_s_gradients_whole_until_they_are_exchanged(accumula
     """Beside a buffer with those of the block before; accumulated ones are whole anyway."""
     options = ["model.vision_encoder.freeze=false", f"run.accum_grad_iters={accumulated}"]
     target = replace(CPU, world_size=4, strategy="fsdp2")
-    planner = Planner(load_config(STAGE1, options), target)
+    planner = Planner(shallow(options), target)
     blocks = transformer_blocks(planner.shape.model.visual_encoder)
     largest = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
     assert planner._exchanged() == times * largest
@@ -224,7 +232,7 @@ def test_fsdp2_holds_a_block_s_gradients_whole_until_they_are_exchanged(accumula
 
 def test_fsdp2_exchanges_all_that_lies_outside_of_blocks_in_one_buffer(stage1: Planner) -> None:
     """It outweighs a small batch's activations, which are gone by then."""
-    cfg = load_config(STAGE1, ["model.max_txt_len=4"])
+    cfg = shallow(["model.max_txt_len=4"])
     planner = Planner(cfg, replace(CPU, world_size=4, strategy="fsdp2"))
     plan = planner.plan(1)
     outside = sum(part.gradients_whole for part in plan.parts)
@@ -240,7 +248,7 @@ def test_fairscale_shards_only_frozen_blocks_of_one_type_and_only_on_cuda() -> N
         ("fp32", "cpu", False),
         ("bf16", "cuda", False),
     ):
-        cfg = load_config(STAGE1, [f"model.vision_encoder.precision={precision}"])
+        cfg = shallow([f"model.vision_encoder.precision={precision}"])
         planner = Planner(cfg, replace(target, device_type=device_type))
         plan, whole = planner.plan(8), planner.for_strategy("ddp").plan(8)
         assert (plan.parts[0].parameters < whole.parts[0].parameters) is shared, (precision, device_type)
@@ -315,7 +323,7 @@ def test_what_is_no_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_gpu_s_memory_is_not_all_usable(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "4GB", "--json"]
+    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "4GB", "--json", "--options", *SHALLOW]
     for more, share in (([], 0.92), (["--usable", "0.5"], 0.5)):
         plan_main([*arguments, *more])
         assert json.loads(capsys.readouterr().out)["limit"] == round(4 * 2**30 * share)
@@ -327,7 +335,7 @@ def test_a_gpu_s_memory_is_not_all_usable(capsys: pytest.CaptureFixture[str]) ->
 def test_what_the_run_refuses_is_not_planned(stage1: Planner) -> None:
     with pytest.raises(ConfigError, match="'single' with 8 processes"):
         Planner(stage1.cfg, replace(CPU, world_size=8, strategy="single"))
-    cfg = load_config(STAGE1, ["run.strategy_options.cpu_ofload=true"])
+    cfg = shallow(["run.strategy_options.cpu_ofload=true"])
     with pytest.raises(ConfigError, match=r"run\.strategy_options\.cpu_ofload.*cpu_offload"):
         Planner(cfg, replace(CPU, world_size=2, strategy="fsdp2"))
     with pytest.raises(ConfigError, match="with strategy auto"):
@@ -336,7 +344,7 @@ def test_what_the_run_refuses_is_not_planned(stage1: Planner) -> None:
 
 @pytest.mark.parametrize(("device_type", "offloaded"), [("cuda", True), ("cpu", False)])
 def test_what_is_offloaded_is_not_on_the_gpu(stage1: Planner, device_type: str, offloaded: bool) -> None:
-    cfg = load_config(STAGE1, ["run.strategy_options.cpu_offload=true"])
+    cfg = shallow(["run.strategy_options.cpu_offload=true"])
     target = replace(CPU, device_type=device_type, world_size=2, strategy="fsdp2")
     plain, plan = Planner(stage1.cfg, target).plan(8), Planner(cfg, target).plan(8)
     assert (plan.total < plain.total) is offloaded
@@ -358,7 +366,7 @@ def test_fairscale_s_recomputed_blocks_keep_no_activations() -> None:
 
 def test_a_frozen_encoder_s_features_may_be_stored(stage1: Planner) -> None:
     planner = Planner(stage1.cfg, replace(CPU, limit=1))
-    remedy = propose(lambda more: load_config(STAGE1, more), planner, planner.plan(8))
+    remedy = propose(lambda more: shallow(more), planner, planner.plan(8))
     assert ("run.cache_features=true",) in [proposal.options for proposal in remedy.proposals]
     assert "run.cache_features=true" in remedy.together
 
@@ -366,13 +374,23 @@ def test_a_frozen_encoder_s_features_may_be_stored(stage1: Planner) -> None:
 def test_strategies_are_proposed_that_take_the_options_given() -> None:
     options = ["run.strategy_options.checkpoint_blocks=true"]
     for given, proposed in ((options, False), ([], True)):
-        planner = Planner(load_config(STAGE1, given), replace(CPU, world_size=2, strategy="fairscale"))
+        planner = Planner(shallow(given), replace(CPU, world_size=2, strategy="fairscale"))
         keys = {key for setting in _settings(planner) for key in setting.keys}
         assert ("run.strategy" in keys) is proposed
 
 
 def test_a_run_that_does_not_fit_is_told_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--cfg-path", str(STAGE1), "--gpu-memory", "1.1GB", "--usable", "1", "--json", "--options"]
+    arguments = [
+        "--cfg-path",
+        str(STAGE1),
+        "--gpu-memory",
+        "1.1GB",
+        "--usable",
+        "1",
+        "--json",
+        "--options",
+        *SHALLOW,
+    ]
     plan_main([*arguments, "run.precision=fp32"])
     plan = json.loads(capsys.readouterr().out)
     assert not plan["fits"] and 0 < plan["largest_batch"] < 64
