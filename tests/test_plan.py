@@ -169,7 +169,7 @@ def test_auto_takes_its_share_of_a_gpu_as_the_run_does(
     assert auto.choose(stage1._needed(), there - 4, 4) == "fsdp2"
     for usable in ("0.9", "1"):
         arguments = ["--gpu-memory", "4GB", "--usable", usable, "--world-size", "4", "--json"]
-        plan_main(["--cfg-path", str(STAGE1), *arguments])
+        plan_main(["--cfg-path", str(STAGE1), *arguments, "--options", *SHALLOW])
         assert json.loads(capsys.readouterr().out)["strategy"] == "ddp"
 
 
