@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,7 @@ def test_arms_are_run_and_reported(
 ) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> Any:
-        if command[0] == "git":
-            return subprocess.CompletedProcess(command, 0, stdout="abc")
+    def call(command: list[str]) -> None:
         commands.append(command)
         folder = Path(command[-1].removeprefix("run.output_dir=")) / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +58,8 @@ def test_arms_are_run_and_reported(
         (folder / "metrics.json").write_text(
             json.dumps({"metrics": dict.fromkeys([*experiment.METRICS, f"{experiment.TYPE}count"], score)})
         )
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.import_module("seeds"), "call", call)
     monkeypatch.setattr(sys, "argv", ["vqa.py", "--seeds", "0", "1", "--out", str(tmp_path)])
     monkeypatch.setattr(experiment, "majority", lambda _: {"all": 0.2, "count": 0.25})
     monkeypatch.setattr(experiment, "build_dataset_from_preset", lambda _: None)
@@ -91,14 +87,13 @@ def test_an_arm_that_is_only_evaluated_may_differ_by_seed(
     retrieval = importlib.import_module("retrieval")
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> Any:
+    def call(command: list[str]) -> None:
         commands.append(command)
         folder = Path(command[-1].removeprefix("run.output_dir=")) / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(retrieval.METRICS, 0.5)}))
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.import_module("seeds"), "call", call)
     assert retrieval.EXPERIMENT.run("stage1", [3, 4], tmp_path, []).keys() == {"3", "4"}
     assert [Path(command[1]).name for command in commands] == ["evaluate.py"] * 2
     assert "model.pretrained=output/stage1/4" in commands[1]

@@ -56,11 +56,12 @@ def run(script: str, cfg_path: str, folder: Path, options: Sequence[str]) -> Non
 
 
 def call(command: Sequence[str]) -> None:
-    """Run a command; where it fails, or Ctrl-C ends both, its own last line has said why, and this ends as it does."""
+    """Run a command; where it fails, or Ctrl-C ends it, its own last line has said why, and this ends as it does."""
+    process = subprocess.Popen(command)
     try:
-        code = subprocess.run(command).returncode
+        code = process.wait()
     except KeyboardInterrupt:
-        code = 130
+        code = process.wait() or 130  # it was told, too, and saves
     if code:
         sys.exit(code)
 
