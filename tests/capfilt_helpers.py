@@ -28,6 +28,7 @@ from unittest import mock
 from PIL import Image
 from torch import Tensor
 
+from lavis_lite import cli
 from lavis_lite.capfilt import run, worker
 from lavis_lite.commands.capfilt import capfilt_main
 
@@ -80,6 +81,13 @@ def fake_models(seconds: float = 0.0) -> Iterator[list[FakeCaptioner]]:
         mock.patch.object(worker, "RETRY_SECONDS", 0.0),
     ):
         yield built
+
+
+def capfilt(*arguments: str, seconds: float = 0.0) -> list[int]:
+    """Run the command with fake models; the sizes of the batches that were captioned."""
+    with fake_models(seconds) as built:
+        cli.main(["capfilt", *arguments])
+    return built[0].batches if built else []
 
 
 def jpeg_bytes(number: int, size: tuple[int, int] = (40, 30)) -> bytes:

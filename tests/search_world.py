@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lavis_lite.search import BuildOptions, Encoder, build_index
+from lavis_lite.search import BuildOptions, Encoder, build_index, open_index
 from lavis_lite.search.journal import write_part
 from lavis_lite.search.manifest import Manifest
 from lavis_lite.search.store import Store
@@ -90,6 +92,35 @@ def save_pictures(folder: Path, count: int, *, seed: int = 0) -> list[tuple[int,
     for number, colour in enumerate(colours):
         Image.new("RGB", (4, 4), colour).save(folder / f"{number:03}.png")
     return colours
+
+
+def built_index(folder: Path) -> Path:
+    """The index of twelve pictures in <folder>/pictures."""
+    save_pictures(folder / "pictures", 12)
+    build_index(folder / "pictures", folder / "idx", colour_encoder())
+    return folder / "idx"
+
+
+def names_of(index: Path) -> list[str]:
+    """The pictures' names in an index, without their folders."""
+    return [Path(name).name for _, name in open_index(index).store.names()]
+
+
+def interrupted(
+    folder: Path, *, batches: int, images: str = "pictures", change: Callable[..., Any] = build_index
+) -> None:
+    """A build (or add) of two pictures a batch that fails after some."""
+    encoder = colour_encoder()
+    encode, left = encoder.encode_images, iter(range(batches))
+
+    def failing(tensor: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return encode(tensor)  # type: ignore[arg-type]
+
+    encoder.encode_images = failing  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        change(folder / images, folder / "idx", encoder, BuildOptions(batch_size=2))
 
 
 def make_store(root: Path, vectors: Tensor, *, dtype: str = "fp32") -> Store:
