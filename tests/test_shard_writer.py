@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import webdataset as wds
 from data_helpers import make_jsonl, warnings_logged
 from shard_helpers import jpeg, number_in, sample, section, write_shards
 
@@ -146,6 +147,22 @@ def test_shards_that_are_cut_anew_keep_what_else_they_hold(
         assert (members["cls"], members["seg.png"]) == (str(number).encode(), jpeg(number + 50))
         assert (about["url"], about["scores"], about["image_id"]) == (f"http://{number}", [number], number)
     assert sorted(numbers) == sorted([*range(12)] * 2) and (numbers == sorted(numbers)) == (not options)
+
+
+def test_neighbours_of_one_key_keep_their_own_fields_and_members(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
+        for number in range(3):
+            about = json.dumps({"text": f"row {number}", "url": f"http://{number}"}).encode()
+            members = {"json": about, "photo.jpg": jpeg(number), "txt": b"alt %d" % number}
+            for extension, content in members.items():  # the picture in the middle
+                writer.write({"__key__": "k", extension: content})
+    again = tmp_path / "again.yaml"
+    read = section(f"{tmp_path}/0.tar", image="photo.jpg")
+    again.write_text(json.dumps({"datasets": {"again": read}}))
+    make(again, tmp_path / "out")
+    samples = [s for shard in sorted((tmp_path / "out").glob("*.tar")) for _, s in stream_samples(str(shard))]
+    assert [json.loads(members["json"])["url"] for members in samples] == [f"http://{n}" for n in range(3)]
+    assert [members["txt"] for members in samples] == [b"alt %d" % n for n in range(3)]
 
 
 def test_numbers_groups_and_questions_are_kept(tmp_path: Path) -> None:

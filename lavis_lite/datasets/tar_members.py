@@ -111,13 +111,21 @@ def sample_of(address: Address, before: Address | None = None) -> Sample:
     """The sample that a member belongs to; UnreadableSample where it isn't in the shard.
 
     before: a member of an earlier sample, if one is known: a tar is read forwards only, and this saves the way from its
-    beginning. One of another shard is none.
+    beginning. One of another shard is none; nor is one of the same key, which may lie in the middle of a sample that
+    would seem to go on into this one.
     """
-    known = before is not None and before.tar == address.tar and before.offset < address.offset
-    for sample in samples_of(Path(address.tar), before.offset - BLOCK if before is not None and known else 0):
+    start = before.offset - BLOCK if before is not None and _is_of_earlier(before, address) else 0
+    for sample in samples_of(Path(address.tar), start):
         if any(member.offset == address.offset for member in sample.members.values()):
             return sample
     raise UnreadableSample(str(address), "the shard was changed after its members were looked up")
+
+
+def _is_of_earlier(before: Address, address: Address) -> bool:
+    """Whether a member surely belongs to an earlier sample of the same shard."""
+    first, second = split_name(before.name), split_name(address.name)
+    other_key = first is None or second is None or first[0] != second[0]
+    return other_key and before.tar == address.tar and before.offset < address.offset
 
 
 def _members(path: Path, start: int) -> Iterator[tarfile.TarInfo]:
