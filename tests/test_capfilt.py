@@ -23,9 +23,11 @@ from capfilt_helpers import (
 )
 from data_helpers import make_jsonl, save_picture
 from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lavis_lite.capfilt import worker
 from lavis_lite.capfilt.inputs import ImageFolder, Item, TarShards
+from lavis_lite.capfilt.output import PieceWriter
 from lavis_lite.capfilt.selection import candidates, ranked
 from lavis_lite.capfilt.settings import load_settings, parse_model
 from lavis_lite.capfilt.tally import BINS, Tally, added, bin_of
@@ -167,6 +169,33 @@ def test_a_name_that_comes_twice_is_two_samples(tmp_path: Path) -> None:
     twice = [("0", {"jpg": jpeg_bytes(0)}), ("0", {"jpg": jpeg_bytes(1)}), ("1", {"jpg": jpeg_bytes(2)})]
     piece = TarShards(str(write_shard(tmp_path / "a.tar", twice))).open(0)
     assert [item.key for item in piece] == ["0", "0", "1"] and piece.damage is None
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_name_that_comes_twice_is_two_names_in_the_output(kind: str, tmp_path: Path) -> None:
+    told = [("k", 0), ("k", 1), ("k_2", 2), ("k", 3)]
+    samples = [(key, {"jpg": jpeg_bytes(n), "json": b'{"url": "%d"}' % n}) for key, n in told]
+    path = write_shard(tmp_path / "web/0.tar", samples)
+    shards = str(path) if kind == "file" else f"pipe:cat {path}"
+    arguments = ["--shards", shards, *MODELS, "--out", str(tmp_path / "out")]
+    assert capfilt(*arguments) == [4]
+    with (tmp_path / "out/000000.tar").open("rb") as file:
+        read = list(group_by_keys(tar_file_expander([{"url": "", "stream": file}])))
+    assert [sample["__key__"] for sample in read] == ["k", "k_2", "k_2_2", "k_3"]
+    assert [sample["jpg"] for sample in read] == [jpeg_bytes(n) for n in range(4)]
+    assert [json.loads(sample["json"])["url"] for sample in read] == ["0", "1", "2", "3"]
+    assert len(set(shown_pictures(tmp_path / "out/report.html"))) == 2
+
+
+def test_a_shard_that_was_written_with_one_key_twice_gets_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shard(tmp_path / "web/0.tar", [("k", {"jpg": jpeg_bytes(n)}) for n in range(2)])
+    arguments = ["--shards", str(path), *MODELS, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(PieceWriter, "_new_key", lambda _, key: key)
+    assert capfilt(*arguments) == [2]
+    assert list(read_shard(tmp_path / "out/000000.tar")) == ["k"]
+    assert len(shown_pictures(tmp_path / "out/report.html")) == 2
 
 
 def test_what_is_known_of_a_picture_goes_on_into_the_output(tmp_path: Path) -> None:

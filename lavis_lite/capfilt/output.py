@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -153,9 +154,11 @@ class PieceWriter:
         by_suffix = {file.rpartition(".")[2]: handle for file, handle in files.items()}
         self._tar = TarWriter(by_suffix["tar"], mtime=MTIME, encoder=False) if "tar" in by_suffix else None
         self._lines = by_suffix.get("jsonl")
+        self._keys: set[str] = set()
 
     def add(self, item: Item, picture: Image.Image, scored: Sequence[Scored], keep: int) -> None:
-        """Write a picture with its best captions."""
+        """Write a picture with its best captions; a key that was written before gets a number behind it."""
+        key = self._new_key(item.key)
         kept = list(scored[:keep])
         made = {
             "captions": [entry.text for entry in kept],
@@ -165,10 +168,17 @@ class PieceWriter:
         about = {**made, **item.about, **made}  # these first, and in the place of fields with their names
         line = json.dumps(about, ensure_ascii=False).encode()
         if self._tar is not None:
-            self._tar.write({"__key__": item.key, "jpg": _jpeg(item.content or b"", picture), "json": line})
+            self._tar.write({"__key__": key, "jpg": _jpeg(item.content or b"", picture), "json": line})
         if self._lines is not None:
             self._lines.write(line + b"\n")
-        self.tally.add(item.key, scored, kept)
+        self.tally.add(key, scored, kept)
+
+    def _new_key(self, key: str) -> str:
+        # Readers of webdataset take neighbours with the same key for one sample, and fail.
+        tries = itertools.chain([key], (f"{key}_{number}" for number in itertools.count(2)))
+        new = next(name for name in tries if name not in self._keys)
+        self._keys.add(new)
+        return new
 
     def close(self) -> None:
         """Write the end of the tar."""

@@ -22,6 +22,7 @@ from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
 from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import decode_image
+from lavis_lite.datasets.tar_members import read_member, samples_of
 from lavis_lite.tasks.curves import COLOURS
 from lavis_lite.tasks.examples import THUMBNAIL, jpeg
 from lavis_lite.tasks.html import card, cards, data_uri, picture, section, table, tick, tiles
@@ -304,14 +305,12 @@ def _samples(
 
 
 def _picture_in(tar: Path, key: str) -> bytes | None:
-    """A member of a shard: one of its first, which examples are."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    with tar.open("rb") as stream:
-        for sample in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
-            if sample["__key__"] == key:
-                return bytes(sample["jpg"])
-    return None
+    """A picture of a shard: one of its first, which examples are; of several samples with the key the first's."""
+    try:
+        found = next((sample for sample in samples_of(tar) if sample.key == key), None)
+        return read_member(found.members["jpg"]) if found and "jpg" in found.members else None
+    except (UnreadableSample, OSError):
+        return None
 
 
 def _picture_of(inputs: Inputs, number: int, key: str) -> bytes | None:
