@@ -343,6 +343,19 @@ def test_what_is_done_is_not_done_again_and_a_lost_shard_is(
     assert (tmp_path / "out/000001.tar").read_bytes() == before
 
 
+@pytest.mark.parametrize("out", ["pics/out", "pics"])
+def test_a_job_that_writes_among_its_pictures_goes_on(out: str, tmp_path: Path) -> None:
+    pictures = tmp_path / "pics"
+    for number in range(3):
+        save_picture(pictures / f"{number}.jpg", number)
+    before = ImageFolder(pictures, None, shard_size=2).about
+    arguments = ["--images", str(pictures), "--shard-size", "2", *MODELS, "--out", str(tmp_path / out)]
+    assert capfilt(*arguments) == [2, 1]
+    assert ImageFolder(pictures, None, shard_size=2).about == before
+    (tmp_path / out / "000001.tar").unlink()
+    assert capfilt(*arguments) == [1]
+
+
 # Mistakes
 
 

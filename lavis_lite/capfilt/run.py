@@ -66,13 +66,6 @@ class Place:
                     raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
         elif self.image is not None:
             raise ConfigError("--image goes with --shards, not with --images")
-        elif not self.annotations:
-            images, out = (Path(given or ".").expanduser().resolve() for given in (self.images, self.out))
-            if out.is_relative_to(images):
-                raise ConfigError(
-                    f"--out '{self.out}' lies inside --images '{self.images}', whose files would then be others at the "
-                    "next start; choose a folder outside of it"
-                )
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
 
