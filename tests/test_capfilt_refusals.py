@@ -35,6 +35,7 @@ from lavis_lite.capfilt.claims import Claims
         ),
         ("--shards {web}/00000.tar --annotations a.json", 2, "--annotations goes with --images"),
         ("--shards {web}/00000.tar --shard-size 9", 2, "--shard-size goes with --images, not with --shards"),
+        ("--shards {web}/00000.tar --shard-size 0", 2, "--shard-size goes with --images, not with --shards"),
         ("--images {web} --image jpg", 2, "--image goes with --shards, not with --images"),
         ("--images {web} --shard-size 0", 2, "--shard-size must be at least 1, got 0"),
         ("--shards {web}/00000.tar --keep 0", 2, "keep must be at least 1 (--keep)"),

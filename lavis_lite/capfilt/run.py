@@ -62,7 +62,8 @@ class Place:
         """Raise ConfigError for arguments that don't go together."""
         if self.shards is not None:
             for name in ("annotations", "no_tars", "group_by_image", "shard_size"):
-                if getattr(self, name) not in (None, False):
+                given = getattr(self, name)
+                if given is not None and given is not False:  # 0 is given, too
                     raise ConfigError(f"--{name.replace('_', '-')} goes with --images, not with --shards")
         elif self.image is not None:
             raise ConfigError("--image goes with --shards, not with --images")
