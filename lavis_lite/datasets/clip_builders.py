@@ -97,7 +97,7 @@ class VideoTextBuilder(ImageTextBuilder):
         plain = super()._source(config, split, where)
         return ClipSource(
             **{field.name: getattr(plain, field.name) for field in dataclass_fields(plain)},
-            names=self._file(config.names, f"{where}.names"),
+            names_file=self._file(config.names, f"{where}.names"),
             video_name=config.video_name,
         )
 

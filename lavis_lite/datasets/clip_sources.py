@@ -25,25 +25,25 @@ CLIP_NAME = "{video_id}.mp4"
 class ClipSource(Source):
     """What a table of captioned clips is made from.
 
-    names: a file with the clips' names, one a line: rows of others are left out. video_name: a clip's path from its
+    names_file: the clips' names, one a line: rows of others are left out. video_name: a clip's path from its
     `video_id`, of formats that tell no path.
     """
 
     kind: ClassVar[Kind] = CLIPS
 
-    names: Path | None = None
+    names_file: Path | None = None
     video_name: str = CLIP_NAME
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that decide the rows."""
-        return (*super().files, *([self.names] if self.names else []))
+        return (*super().files, *([self.names_file] if self.names_file else []))
 
     def rows(self) -> Iterator[Row]:
         """One row a clip (`msrvtt`, `msvd`), else as of `Source`. Raises DataError with file, place and remedy."""
         own = {"msrvtt": self._msrvtt, "msvd": self._msvd}.get(self.format)
         rows = own() if own else super().rows()
-        return rows if self.names is None else _named(rows, self.names, self.where)
+        return rows if self.names_file is None else _named(rows, self.names_file, self.where)
 
     def _msrvtt(self) -> Iterator[Row]:
         """MSR-VTT's `videos` (video_id, split, category) and `sentences` (video_id, caption)."""
@@ -87,7 +87,7 @@ class ClipSource(Source):
 class ClipQuestionSource(QuestionSource):
     """What a table of questions about clips is made from.
 
-    names_file: `names` of `ClipSource`. image_name: a clip's path from its `video_id` or `image_id`.
+    names_file: as of `ClipSource`. image_name: a clip's path from its `video_id` or `image_id`.
     """
 
     name_example: ClassVar[str] = "video{video_id}.mp4"
@@ -105,9 +105,9 @@ class ClipQuestionSource(QuestionSource):
         return rows if self.names_file is None else _named(rows, self.names_file, self.where)
 
 
-def _named(rows: Iterator[Row], names: Path, where: str) -> Iterator[Row]:
+def _named(rows: Iterator[Row], names_file: Path, where: str) -> Iterator[Row]:
     """The rows whose clip a file names, one a line: by its path, its file name, or that without its suffix."""
-    wanted = {line.strip() for line in read_text(names).splitlines()} - {""}
+    wanted = {line.strip() for line in read_text(names_file).splitlines()} - {""}
     missing = set(wanted)
     for row in rows:
         clip = Path(row.image)
@@ -118,7 +118,7 @@ def _named(rows: Iterator[Row], names: Path, where: str) -> Iterator[Row]:
     if missing:
         logger.warning(
             "%s: %d of %d names are of no clip that %s tells of, for example '%s'",
-            *(names, len(missing), len(wanted), where, min(missing)),
+            *(names_file, len(missing), len(wanted), where, min(missing)),
         )
 
 
