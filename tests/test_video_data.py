@@ -90,15 +90,18 @@ def test_a_folder_of_clips_with_text_beside_them(tmp_path: Path) -> None:
 
 
 def test_names_are_lines_and_those_of_no_clip_are_told(tmp_path: Path) -> None:
-    rows = [{"video": f"{name}.mp4", "caption": name} for name in ("my clip", "deep/b", "c", "d", "clip")]
+    rows = [
+        {"video": f"{name}.mp4", "caption": name}
+        for name in ("my clip", "deep/b", "c", "d", "clip", "deep/e")
+    ]
     write_rows(tmp_path / "rows.jsonl", rows)
     for row in rows:
         save_clip(tmp_path / "clips" / row["video"])
-    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfmy clip.mp4\r\n\nb.mp4\n d \ngone.mp4\n")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfmy clip.mp4\r\n\nb.mp4\n d \ngone.mp4\ndeep/e\n")
     with warnings_logged() as messages:
         data = build(tmp_path, annotations="rows.jsonl", images="clips", names="list.txt")
-    assert [data.captions(row) for row in range(len(data))] == [["my clip"], ["deep/b"], ["d"]]
-    assert len(messages) == 1 and "1 of 4 names are of no clip" in messages[0] and "'gone.mp4'" in messages[0]
+    assert [data.captions(row) for row in range(len(data))] == [["my clip"], ["deep/b"], ["d"], ["deep/e"]]
+    assert len(messages) == 1 and "1 of 5 names are of no clip" in messages[0] and "'gone.mp4'" in messages[0]
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.mp4\n")
     with pytest.raises(DataError, match=r"list\.txt, line 1: not valid UTF-8"):
         build(tmp_path, annotations="rows.jsonl", images="clips", names="list.txt")

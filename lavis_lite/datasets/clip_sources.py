@@ -106,12 +106,12 @@ class ClipQuestionSource(QuestionSource):
 
 
 def _named(rows: Iterator[Row], names_file: Path, where: str) -> Iterator[Row]:
-    """The rows whose clip a file names, one a line: by its path, its file name, or that without its suffix."""
+    """The rows whose clip a file names, one a line: by its path or its file name, with or without suffix."""
     wanted = {line.strip() for line in read_text(names_file).splitlines()} - {""}
     missing = set(wanted)
     for row in rows:
         clip = Path(row.image)
-        found = wanted & {row.image, clip.name, clip.stem}
+        found = wanted & {row.image, row.image.removesuffix(clip.suffix), clip.name, clip.stem}
         missing -= found
         if found:
             yield row
