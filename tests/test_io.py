@@ -62,11 +62,11 @@ def test_atomic_dir_keeps_or_replaces_what_is_there(tmp_path: Path, replace: boo
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
 def test_a_folder_that_is_replaced_is_old_or_new_after_a_kill(
     tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after so many of the two renames: nothing else is done, as cleaning up after an error would be."""
+    """Killed after so many of the three renames: nothing else is done, as cleaning up after an error would be."""
     path = tmp_path / "step_000800"
     with atomic_dir(path) as temporary:
         (temporary / "file").write_text("old")
@@ -88,7 +88,49 @@ def test_a_folder_that_is_replaced_is_old_or_new_after_a_kill(
     assert len(done) == renames and len(list(tmp_path.iterdir())) == 2
     assert len(remove_leftovers(tmp_path)) == 1
     assert [one.name for one in tmp_path.iterdir()] == ["step_000800"]
-    assert (path / "file").read_text() == ("new" if renames == 2 else "old")
+    assert (path / "file").read_text() == ("new" if renames >= 2 else "old")
+
+
+def test_a_folder_whose_successor_gets_no_name_has_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step_000800"
+    with atomic_dir(path) as temporary:
+        (temporary / "file").write_text("old")
+    rename, failed = os.rename, []
+
+    def rename_once_full(source: Path, target: Path) -> None:
+        if target == path and not failed:
+            failed.append(source)
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once_full)
+    with pytest.raises(OSError, match="No space"), atomic_dir(path, replace=True) as temporary:
+        (temporary / "file").write_text("new")
+    assert failed and list(tmp_path.iterdir()) == [path]
+    assert (path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_left_of_a_replaced_folder_does_not_come_back(
+    tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step_000800"
+    with monkeypatch.context() as patched:
+        patched.setattr("lavis_lite.common.io.shutil.rmtree", lambda *_, **__: None)
+        if killed:  # before the old folder lost its second name
+            (tmp_path / ".tmp-replaced-01234567-step_000800").mkdir()
+            path.mkdir()
+        else:
+            for _ in range(2):
+                with atomic_dir(path, replace=True):
+                    pass
+        remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    path.rmdir()  # as a checkpoint that is one too many
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:

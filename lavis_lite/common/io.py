@@ -105,14 +105,29 @@ def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
     if replace and path.exists():
         old = path.with_name(f"{REPLACED}{uuid.uuid4().hex[:8]}-{path.name}")
         os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            with contextlib.suppress(
+                OSError
+            ):  # of two errors the first is told; remove_leftovers tries again
+                os.rename(old, path)
+            raise
+        with contextlib.suppress(OSError):
+            shutil.rmtree(_never_restored(old, path), ignore_errors=True)
         return
     try:
         os.rename(temporary, path)
     except OSError:
         if not path.is_dir():
             raise
+
+
+def _never_restored(old: Path, path: Path) -> Path:
+    """Give a replaced folder another name before it is deleted: what is left of it must not be `path` again."""
+    discarded = _temporary(path)
+    os.rename(old, discarded)
+    return discarded
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
@@ -124,6 +139,8 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
         name = path.with_name(path.name.removeprefix(REPLACED).split("-", 1)[1])
         if not name.exists():
             os.rename(path, name)
+        else:
+            _never_restored(path, name)
     leftovers = sorted(Path(folder).glob(f"{TEMPORARY}*"))
     for path in leftovers:
         if path.is_dir():
