@@ -96,7 +96,33 @@ def explain(
     """See `Blip2QFormer.explain`; here `texts` are one for each image."""
     check_request(texts, method, score, per_word)
     with _evaluated(model):
-        return _explain(model, image, texts, method=method, score=score, per_word=per_word)
+        words = [model.tokenizer.words(text, max_length=model.max_txt_len) for text in texts]
+        rows = _rows(model.tokenize(texts), words if per_word else [[] for _ in texts])
+        with torch.no_grad():
+            images = model.project_image(model.encode_image(image))
+            tokens = next(kv[0].shape[1] for kv in images.layers if kv is not None)
+            side = grid_side(tokens, image.shape[-2:])
+            match = model.match_logits(images, model.tokenize(texts)).float().softmax(-1)[:, 1].tolist()
+        values: list[float] | list[None] = [None] * len(rows.pair)
+        if method == "attention":
+            maps = _attention(model, images, rows.tokens)
+        elif method == "gradcam":
+            maps, scores = _gradcam(model, images[rows.pair], rows, score)
+            values = scores.tolist()
+        else:
+            maps, scores = _occlusion(model, image, images, rows, score, side)
+            values = scores.tolist()
+    shown, known = iter(_normalised(maps).cpu()), iter(values)
+    return [
+        Explanation(
+            text,
+            own_match,
+            next(known),
+            next(shown),
+            tuple(WordMap(word.text, next(known) or 0.0, next(shown)) for word in own if per_word),
+        )
+        for text, own_match, own in zip(texts, match, words, strict=True)
+    ]
 
 
 @contextmanager
@@ -109,44 +135,6 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _explain(
-    model: Blip2QFormer,
-    image: Tensor,
-    texts: Sequence[str],
-    *,
-    method: Method,
-    score: Score,
-    per_word: bool,
-) -> list[Explanation]:
-    words = [model.tokenizer.words(text, max_length=model.max_txt_len) for text in texts]
-    rows = _rows(model.tokenize(texts), words if per_word else [[] for _ in texts])
-    with torch.no_grad():
-        images = model.project_image(model.encode_image(image))
-        tokens = next(kv[0].shape[1] for kv in images.layers if kv is not None)
-        side = grid_side(tokens, image.shape[-2:])
-        match = model.match_logits(images, model.tokenize(texts)).float().softmax(-1)[:, 1].tolist()
-    values: list[float] | list[None] = [None] * len(rows.pair)
-    if method == "attention":
-        maps = _attention(model, images, rows.tokens)
-    elif method == "gradcam":
-        maps, scores = _gradcam(model, images[rows.pair], rows, score)
-        values = scores.tolist()
-    else:
-        maps, scores = _occlusion(model, image, images, rows, score, side)
-        values = scores.tolist()
-    shown, known = iter(_normalised(maps).cpu()), iter(values)
-    return [
-        Explanation(
-            text,
-            own_match,
-            next(known),
-            next(shown),
-            tuple(WordMap(word.text, next(known) or 0.0, next(shown)) for word in own if per_word),
-        )
-        for text, own_match, own in zip(texts, match, words, strict=True)
-    ]
 
 
 def check_request(texts: Sequence[str], method: str, score: str, per_word: bool) -> None:
