@@ -216,6 +216,48 @@ def test_a_container_s_limit_counts(limit: str, usage: str, stat: str, files: st
         assert memory() == 1000 * 1024
 
 
+@pytest.mark.parametrize(
+    ("lines", "root", "limit", "usage"),
+    [
+        ("0::/slurm/job_7/step_0\n", "", "memory.max", "memory.current"),
+        (
+            "5:cpu,cpuacct:/\n4:memory:/slurm/job_7/step_0\n0::/other\n",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    ],
+)
+def test_the_least_that_a_job_s_limits_leave_counts(
+    lines: str, root: str, limit: str, usage: str, tmp_path: Path
+) -> None:
+    """Of a process that sees the whole machine's control groups; its own group's limit need not be the smallest."""
+    (tmp_path / "meminfo").write_text("MemAvailable: 2000 kB\n")
+    (tmp_path / "membership").write_text(lines)
+    step = tmp_path / root / "slurm" / "job_7" / "step_0"
+    step.mkdir(parents=True)
+
+    def limited(group: Path, to: str, used: int) -> None:
+        (group / limit).write_text(f"{to}\n")
+        (group / usage).write_text(f"{used}\n")
+
+    def memory() -> int | None:
+        files = {"cgroup": tmp_path, "membership": tmp_path / "membership"}
+        return auto.process_memory(torch.device("cpu"), tmp_path / "meminfo", **files)
+
+    limited(step, "max", 100_000)
+    assert memory() == 2000 * 1024
+    limited(step.parent, "900000", 500_000)
+    assert memory() == 400_000
+    limited(step, "300000", 100_000)
+    assert memory() == 200_000
+    limited(tmp_path / root, "1000000", 900_000)
+    assert memory() == 100_000
+    for other in ("0::/elsewhere\n", "0::/../elsewhere\n", "nonsense"):  # only the root tells
+        (tmp_path / "membership").write_text(other)
+        assert memory() == 100_000
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0, 100.0])
 def test_the_norm_of_parts_is_that_of_the_whole(
     max_norm: float | None, monkeypatch: pytest.MonkeyPatch

@@ -17,15 +17,11 @@ SHARE_FOR_STATE = 0.6
 # the same share of what it finds as a plan does of what a card is sold as, lest the two choose differently.
 USABLE = 0.92
 GB = 1e9
-# Of control groups, version 2 and 1: the limit, what is used of it, its parts, and among those files not lately read.
+# Of control groups, version 2 and 1: the controller's name and folder, the limit, what is used of it, its parts, and
+# among those files not lately read.
 CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
+    ("", "memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
 
 logger = get_logger(__name__)
@@ -74,16 +70,18 @@ def process_memory(
     meminfo: Path = Path("/proc/meminfo"),
     *,
     cgroup: Path = Path("/sys/fs/cgroup"),
+    membership: Path = Path("/proc/self/cgroup"),
     processes: int | None = None,
 ) -> int | None:
-    """Bytes this process may use: its GPU's, or its share of what the machine has available and, in a container, its
-    limit leaves; None if nothing tells.
+    """Bytes this process may use: its GPU's, or its share of what the machine has available and what the limits of
+    its control groups (a container's, a SLURM job's) leave; None if nothing tells.
 
     processes: that share the machine, by default those of the run.
     """
     if device.type == "cuda":
         return usable_memory(int(torch.cuda.get_device_properties(device).total_memory))
-    known = [size for size in (_machine_memory(meminfo), _container_memory(cgroup)) if size is not None]
+    sizes = _machine_memory(meminfo), _limited_memory(cgroup, membership)
+    known = [size for size in sizes if size is not None]
     return min(known) // (processes or dist.local_world_size()) if known else None
 
 
@@ -94,16 +92,39 @@ def _machine_memory(meminfo: Path) -> int | None:
         return None
 
 
-def _container_memory(cgroup: Path) -> int | None:
-    """What a container's limit leaves, with what files fill that would make room; None where there is no limit."""
-    for files in CGROUP_FILES:
-        limit, usage, stat = (cgroup / file for file in files[:3])
-        try:
-            dropped = _numbers(stat).get(files[3], 0) if stat.exists() else 0
-            return max(0, int(limit.read_text()) - int(usage.read_text()) + dropped)
-        except (OSError, ValueError):  # another version, or "max"
-            continue
-    return None
+def _limited_memory(cgroup: Path, membership: Path) -> int | None:
+    """The least that a limit of this process's control groups leaves; None where there is no limit."""
+    known: list[int] = []
+    for controller, *files in CGROUP_FILES:
+        for group in _groups(membership, controller):
+            left = _left(cgroup / controller / group, *files)
+            known += [left] if left is not None else []
+    return min(known, default=None)
+
+
+def _groups(membership: Path, controller: str) -> list[Path]:
+    """This process's control group and those around it, relative to the controller's root, which is the last.
+
+    The root alone is a container's own group, if it sees no others.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        lines = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        own = Path(path.lstrip("/"))
+        if controller in controllers.split(",") and ".." not in own.parts:
+            return list(dict.fromkeys((own, *own.parents, Path())))
+    return [Path()]
+
+
+def _left(group: Path, limit: str, usage: str, stat: str, files: str) -> int | None:
+    """What a group's limit leaves, with what files fill that would make room; None where it has no limit."""
+    try:
+        dropped = _numbers(group / stat).get(files, 0) if (group / stat).exists() else 0
+        return max(0, int((group / limit).read_text()) - int((group / usage).read_text()) + dropped)
+    except (OSError, ValueError):  # another version, or "max"
+        return None
 
 
 def _numbers(table: Path) -> dict[str, int]:
