@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,17 @@ class OtherRank:
     """In place of the exchange with another rank, which is not done the first few times."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, local_rank: int, busy: int, lost: bool = False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        local_rank: int,
+        busy: int,
+        lost: bool = False,
+        seconds: float = 0.05,
     ) -> None:
         self.busy, self.lost, self.said = busy, lost, []
         monkeypatch.setattr(dist, "world_size", lambda: 2)
         monkeypatch.setattr(dist, "local_rank", lambda: local_rank)
-        monkeypatch.setattr(dist, "MEET_SECONDS", 0.05)
+        monkeypatch.setattr(dist, "MEET_SECONDS", seconds)
         monkeypatch.setattr(torch.distributed, "all_reduce", self)
 
     def __call__(self, flag: torch.Tensor, op: Any) -> None:
@@ -129,6 +135,19 @@ def test_what_the_first_process_of_a_machine_does_may_take_longer_than_an_exchan
     with dist.local_main_first():
         wait_for(lambda: len(other.said) >= 3)  # of which none takes run.timeout
     assert other.said[-1] == 1 and set(other.said[:-1]) == {0}
+
+
+def test_ranks_that_wait_meet_well_within_a_short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_timeout_seconds", dist._timeout_seconds)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**alone, dist.TORCHRUN: "job"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init(timeout_minutes=2 / 60)
+    dist.shutdown()
+    other, began = OtherRank(monkeypatch, local_rank=0, busy=0, seconds=dist.MEET_SECONDS), time.monotonic()
+    with dist.waiting_for_all():
+        wait_for(lambda: len(other.said) >= 2)
+        assert time.monotonic() - began < dist.MEET_SECONDS
 
 
 def test_the_others_wait_through_many_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from stage1_helpers import TinyPatches
 from torch import Tensor, nn
 
 from lavis_lite.cli import main
-from lavis_lite.common import locks
+from lavis_lite.common import dist, locks
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets import feature_store
@@ -404,26 +404,36 @@ def test_models_without_encoder_and_rows_without_pictures_are_refused(tmp_path: 
 # Processes
 
 
-def test_the_main_rank_says_that_it_waits_for_another_build(
+def test_ranks_meet_while_one_waits_for_another_build_and_while_it_encodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config(tmp_path)
     train(cfg)
+    files(tmp_path)[0].unlink()
     (folder,) = (tmp_path / "features").iterdir()
-    other, said = contextlib.ExitStack(), []
+    base = setup.build_base(cfg, model_cfg=cfg.model)
+    other, said, fill = contextlib.ExitStack(), [], features.fill
     other.enter_context(locks.locked(folder / LOCK, what="stores features too"))
 
-    def broadcast(found: Any) -> Any:
-        said.append(found)
+    def all_reduce(flag: Tensor, op: Any) -> None:
+        said.append(int(flag))
         if len(said) == 3:
             other.close()
-        return found
 
-    monkeypatch.setattr(locks, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(features.dist, "broadcast_object", broadcast)
-    base = setup.build_base(cfg, model_cfg=cfg.model)
+    def fill_slowly(*args: Any, **kwargs: Any) -> Any:
+        assert said == [0] * (len(said) - 1) + [1]
+        said.clear()
+        wait_for(lambda: len(said) >= 3, seconds=60.0)
+        return fill(*args, **kwargs)
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "MEET_SECONDS", 0.05)
+    monkeypatch.setattr(dist, "broadcast_object", lambda found: found)
+    monkeypatch.setattr(dist, "gather_objects", lambda unread: [unread])
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    monkeypatch.setattr(features, "fill", fill_slowly)
     assert features.prepare(cfg, base.datasets, setup.encoder_of(base))
-    assert said[:3] == [None] * 3 and len(said) == 4 and said[3] is not None
+    assert said == [0] * (len(said) - 1) + [1] and len(files(tmp_path)) == 5
 
 
 @pytest.mark.slow

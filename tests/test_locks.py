@@ -1,16 +1,16 @@
-"""Locks of files: one holder, others that wait, that do something meanwhile, or that don't wait."""
+"""Locks of files: one holder, others that wait or that don't wait."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import threading
 from pathlib import Path
 
 import pytest
 from data_helpers import warnings_logged
 
-from lavis_lite.common import locks
 from lavis_lite.common.locks import Busy, locked
 
 
@@ -25,18 +25,13 @@ def test_who_does_not_wait_is_told_who_holds(tmp_path: Path) -> None:
         pass
 
 
-def test_who_waits_does_something_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "POLL_SECONDS", 0.0)
-    holder, calls = contextlib.ExitStack(), []
+def test_who_waits_has_the_lock_when_its_holder_lets_go(tmp_path: Path) -> None:
+    holder = contextlib.ExitStack()
     holder.enter_context(locked(tmp_path / "lock", what="works"))
-
-    def meanwhile() -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            holder.close()
-
-    with locked(tmp_path / "lock", what="works", meanwhile=meanwhile):
-        assert len(calls) == 3
+    free = threading.Event()
+    threading.Timer(0.3, lambda: (free.set(), holder.close())).start()
+    with locked(tmp_path / "lock", what="works"):
+        assert free.is_set()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])

@@ -24,13 +24,15 @@ from lavis_lite.common.meeting import Meeting
 from lavis_lite.common.starts import TORCHRUN, name_start
 
 TIMEOUT_MINUTES = 30.0
-# How often ranks that wait for long meet: well within the shortest run.timeout.
+# How often ranks that wait for long meet: so many seconds, or that part of the timeout where it is less.
 MEET_SECONDS = 5.0
+MEET_SHARE = 0.25
 
 T = TypeVar("T")
 
 _alone = False
 _meeting: Meeting | None = None
+_timeout_seconds = 60 * TIMEOUT_MINUTES
 
 
 def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
@@ -43,7 +45,7 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     Raises TrainingError where the others don't come (`name_start`), and SystemExit in a process that torchrun has
     started again though the run can't go on (`Meeting.end`).
     """
-    global _meeting
+    global _meeting, _timeout_seconds
     if torch_dist.is_initialized() or _meeting is not None:
         return
     if not _is_one_of_several() and TORCHRUN not in os.environ:
@@ -53,6 +55,7 @@ def init(timeout_minutes: float = TIMEOUT_MINUTES) -> None:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=timeout_minutes)
+    _timeout_seconds = timeout.total_seconds()
     store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=timeout))
     # The store outlives ranks that torchrun starts again: without names of their own they would look for the
     # addresses, and the marks, of those before them.
@@ -154,8 +157,8 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def local_main_first() -> Iterator[None]:
-    """Run the block on each machine's first process, then on its others: they find what the first cached.
+def waiting_for_all() -> Iterator[None]:
+    """Run the block on every process, and leave it when all have run theirs.
 
     It may take for longer than a rank waits in an exchange: there is one every few seconds meanwhile. The block itself
     exchanges nothing.
@@ -163,28 +166,39 @@ def local_main_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    with _meeting.patient() if _meeting is not None else contextlib.nullcontext():
-        exchanges = _Exchanges()
-        if local_rank() != 0:
-            exchanges.done.set()
-            exchanges.until_all_are_done()
-            if exchanges.error is not None:
-                raise exchanges.error
-            yield
-            return
-        # While the block runs this process too has to take part. A thread that is stuck ends with the process.
-        thread = threading.Thread(target=exchanges.until_all_are_done, daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException:
-            exchanges.given_up = True
-            raise
-        finally:
-            exchanges.done.set()
-        thread.join()
+    exchanges = _Exchanges()
+    # While the block runs this process too has to take part. A thread that is stuck ends with the process.
+    thread = threading.Thread(target=exchanges.until_all_are_done, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        exchanges.given_up = True
+        raise
+    finally:
+        exchanges.done.set()
+    thread.join()
     if exchanges.error is not None:
         raise exchanges.error
+
+
+@contextlib.contextmanager
+def local_main_first() -> Iterator[None]:
+    """Run the block on each machine's first process, then on its others: they find what the first cached.
+
+    How long it takes, and what it must not do, is as of `waiting_for_all`.
+    """
+    if world_size() == 1:
+        yield
+        return
+    with _meeting.patient() if _meeting is not None else contextlib.nullcontext():
+        if local_rank() == 0:
+            with waiting_for_all():
+                yield
+            return
+        with waiting_for_all():
+            pass
+        yield
 
 
 class _Exchanges:
@@ -198,7 +212,7 @@ class _Exchanges:
         """Returns without an exchange once given up, and on an error, which is left in `error`."""
         all_done = False
         while not all_done:
-            done = self.done.wait(MEET_SECONDS)
+            done = self.done.wait(min(MEET_SECONDS, MEET_SHARE * _timeout_seconds))
             if self.given_up:
                 return
             try:

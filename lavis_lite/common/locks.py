@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from lavis_lite.common.logging import get_logger
 
 logger = get_logger(__name__)
-
-# Between two looks whether a lock is free, where there is something to do meanwhile.
-POLL_SECONDS = 5.0
 
 # What file systems without locks answer: some NFS, Lustre mounted without them.
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -25,14 +21,11 @@ class Busy(Exception):
 
 
 @contextlib.contextmanager
-def locked(
-    path: str | Path, *, what: str, wait: bool = True, meanwhile: Callable[[], None] | None = None
-) -> Iterator[None]:
+def locked(path: str | Path, *, what: str, wait: bool = True) -> Iterator[None]:
     """Hold the lock of a file within the block; while another process holds it, say so (`what`) and wait.
 
     Args:
         wait: False: raise Busy instead.
-        meanwhile: called every few seconds of waiting.
 
     The system releases it when its process ends, however that ends. Nothing is locked where the system has no such
     locks (Windows), in a folder that this process may only read, or, with a warning, on a file system without them.
@@ -61,10 +54,7 @@ def locked(
             if not wait:
                 raise Busy(f"another process {what}")
             logger.info("waiting for another process that %s", what)
-            while not take(blocking=meanwhile is None):
-                if meanwhile is not None:
-                    meanwhile()
-                    time.sleep(POLL_SECONDS)
+            take(blocking=True)
         yield
 
 

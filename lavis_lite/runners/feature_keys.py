@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +56,9 @@ def find_store(
     one: Chosen,
     encoder: Encoder,
     locks: ExitStack,
-    *,
-    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[FeatureStore, list[str]]:
     """The store that a split's features belong into, complete or not; its folder made, and locked as long as `locks`.
     And for each of its files the `Files.times` of its pictures.
-
-    meanwhile: see `locked`.
 
     Raises ConfigError for a folder that can't be made, DataError when no picture can be read.
     """
@@ -83,7 +79,7 @@ def find_store(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.features.folder: can't make '{folder}': {error.strerror}") from error
-    locks.enter_context(locked(folder / LOCK, what=f"stores features in {folder}", meanwhile=meanwhile))
+    locks.enter_context(locked(folder / LOCK, what=f"stores features in {folder}"))
     remove_leftovers(folder)
     layout = _read_layout(folder)
     if layout is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,16 +29,11 @@ LINE_SECONDS = 10.0
 
 
 def changed_shards(
-    store: FeatureStore,
-    pictures: Pictures,
-    shards: Sequence[int],
-    times: Sequence[str],
-    *,
-    meanwhile: Callable[[], None],
+    store: FeatureStore, pictures: Pictures, shards: Sequence[int], times: Sequence[str]
 ) -> list[int]:
     """Those of a store's files, all there, whose pictures have other contents than those encoded.
 
-    times: of every file's pictures now. meanwhile: called every few seconds of reading.
+    times: of every file's pictures now.
     """
     known = _known(store)
     unread = {
@@ -65,7 +60,6 @@ def changed_shards(
         if time.monotonic() - told > LINE_SECONDS:
             told = time.monotonic()
             logger.info("features in %s: %d of %d files compared", store.folder, place + 1, len(unsure))
-            meanwhile()
     note_times(store, same, times)
     return changed
 

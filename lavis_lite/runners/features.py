@@ -64,26 +64,30 @@ def with_features(cfg: Config, datasets: Datasets, encoder: Encoder) -> dict[str
 def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Chosen, FeatureStore]]:
     """Every split whose features the run stores, with its store, complete now; raises as `with_features`."""
     chosen, seed = _chosen(cfg, datasets), cfg.run.features.seed
+    own: list[tuple[FeatureStore, list[str]]] = []
+    found: list[tuple[FeatureStore, list[int]]] = []
     with ExitStack() as locks:
-        if dist.is_main():
-            own = [find_store(cfg, one, encoder, locks, meanwhile=_still_waiting) for one in chosen]
-            found = [
-                (store, _missing(store, times, one, encoder, seed=seed))
-                for one, (store, times) in zip(chosen, own, strict=True)
-            ]
-            agree(cfg.run.features, found)
-            dist.broadcast_object(found)
-        else:
-            found = _found_by_main()
+        with dist.waiting_for_all():
+            if dist.is_main():
+                own = [find_store(cfg, one, encoder, locks) for one in chosen]
+                found = [
+                    (store, _missing(store, times, one, encoder, seed=seed))
+                    for one, (store, times) in zip(chosen, own, strict=True)
+                ]
+                agree(cfg.run.features, found)
+        found = dist.broadcast_object(found)
         unread: list[dict[int, list[int]]] = []
-        for one, (store, missing) in zip(chosen, found, strict=True):
-            mine = missing[dist.rank() :: dist.world_size()]
-            counter = ReadCounter(cfg.run.max_bad_fraction, what="no features are stored")
-            build = Build(one.label, one.pictures, store, seed)
-            unread.append(
-                fill(build, mine, encoder, num_workers=cfg.run.num_workers, counter=counter) if mine else {}
-            )
-        of_ranks = dist.gather_objects(unread)  # which waits for all
+        with dist.waiting_for_all():  # one may have a file more than others
+            for one, (store, missing) in zip(chosen, found, strict=True):
+                mine = missing[dist.rank() :: dist.world_size()]
+                counter = ReadCounter(cfg.run.max_bad_fraction, what="no features are stored")
+                build = Build(one.label, one.pictures, store, seed)
+                unread.append(
+                    fill(build, mine, encoder, num_workers=cfg.run.num_workers, counter=counter)
+                    if mine
+                    else {}
+                )
+        of_ranks = dist.gather_objects(unread)
         if dist.is_main():
             for (store, times), *parts in zip(own, *of_ranks, strict=True):
                 note_times(store, dict(ChainMap(*parts)), times)
@@ -91,18 +95,6 @@ def prepare(cfg: Config, datasets: Datasets, encoder: Encoder) -> list[tuple[Cho
         _check_complete(store)
         logger.info("features of %s: %s, %s in %s", one.label, store, show_bytes(store.size()), store.folder)
     return [(one, store) for one, (store, _) in zip(chosen, found, strict=True)]
-
-
-def _still_waiting() -> None:
-    """Tell the other ranks that the main one waits for another build: its hours must not count as run.timeout."""
-    dist.broadcast_object(None)
-
-
-def _found_by_main() -> list[tuple[FeatureStore, list[int]]]:
-    found: list[tuple[FeatureStore, list[int]]] | None = None
-    while found is None:
-        found = dist.broadcast_object(found)
-    return found
 
 
 def _chosen(cfg: Config, datasets: Datasets) -> list[Chosen]:
@@ -130,7 +122,7 @@ def _missing(
     every = range(len(store.states))
     missing = store.missing()
     there = sorted(set(every) - set(missing))
-    missing = sorted([*missing, *changed_shards(store, one.pictures, there, times, meanwhile=_still_waiting)])
+    missing = sorted([*missing, *changed_shards(store, one.pictures, there, times)])
     stale = [shard for shard in missing if store.path(shard).exists()]
     if stale:
         logger.info(
