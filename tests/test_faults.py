@@ -200,13 +200,19 @@ def sigterm() -> Iterator[None]:
 
 
 class FakeMeeting:
-    ranks = 4
+    rank, ranks = 3, 4
 
     def __init__(
-        self, first: bool, silent: Sequence[int] = (), calm: Sequence[int] = (), *, claimed: bool = False
+        self,
+        first: bool,
+        silent: Sequence[int] = (),
+        calm: Sequence[int] = (),
+        *,
+        claimed: bool = False,
+        gone: bool = False,
     ) -> None:
         self.first, self.silent, self.calm, self.calls = first, list(silent), list(calm), []
-        self.claimed = claimed
+        self.claimed, self.gone = claimed, gone
         self.ended: int | None = None
         self.lost: Callable[[FakeMeeting], None] | None = None
 
@@ -278,6 +284,13 @@ class Exited(BaseException):
         (FakeMeeting(False, claimed=True), None, 1, ""),
         (FakeMeeting(True, [0]), 2, 2, ""),  # a rank has said why
         (FakeMeeting(True, [], [0]), None, None, ""),  # it was only busy
+        (
+            FakeMeeting(True, gone=True),
+            None,
+            1,
+            "error: the machine where the ranks meet does not answer rank 3 of 4 at step 5; (for 30 s)\n",
+        ),
+        (FakeMeeting(True, claimed=True, gone=True), None, 1, ""),  # which another has said
     ],
 )
 def test_a_rank_whose_main_thread_is_stuck_ends_and_the_line_is_said_once(
@@ -312,6 +325,7 @@ def test_a_main_thread_that_has_learnt_of_the_end_speaks_itself(monkeypatch: pyt
     meeting = FakeMeeting(False, [0])
     faults._end_from_beside(meeting, lambda: "", lambda: False)
     assert meeting.calls == ["stay"]
+    faults._end_from_beside(FakeMeeting(True, gone=True), lambda: "", lambda: False)
 
 
 def test_the_others_stay_and_say_nothing(monkeypatch: pytest.MonkeyPatch, sigterm: None) -> None:

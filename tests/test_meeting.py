@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from lavis_lite.common import lookout
 from lavis_lite.common import meeting as module
@@ -138,3 +138,50 @@ def test_without_the_store_the_last_beat_tells_who_spoke(monkeypatch: pytest.Mon
     one.stay()
     one.let_go()
     one.close()
+
+
+class DyingStore(HashStore):
+    """A store whose machine is lost at some moment."""
+
+    dead = False
+
+    def clone(self) -> DyingStore:
+        return self
+
+    def add(self, key: str, amount: int) -> int:
+        if self.dead:
+            raise RuntimeError("Broken pipe")
+        return super().add(key, amount)
+
+
+@pytest.fixture
+def on_dying_store(monkeypatch: pytest.MonkeyPatch, impatient: None) -> tuple[Meeting, DyingStore]:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "PrefixStore", lambda prefix, store: store)
+    store = DyingStore()
+    return Meeting(store, 1, 2, launch=store), store
+
+
+def test_who_watches_is_told_that_the_store_is_gone(on_dying_store: tuple[Meeting, DyingStore]) -> None:
+    one, store = on_dying_store
+    assert one.claim()
+    alarm = Alarm()
+    with one.watching(alarm), one.patient():
+        threading.Event().wait(0.3)
+        store.dead = True
+        assert not alarm.rung.wait(1.5)  # as `patient` asks
+    assert not alarm.rung.is_set()
+    with one.watching(alarm):
+        assert alarm.rung.wait(10)
+    assert alarm.own is one and one.gone and one.claimed
+    one.close()
+
+
+def test_who_leaves_in_order_needs_no_store(on_dying_store: tuple[Meeting, DyingStore]) -> None:
+    one, store = on_dying_store
+    alarm = Alarm()
+    with one.watching(alarm):
+        store.dead = True
+        threading.Event().wait(0.2)
+        one.leave()
+        assert not alarm.rung.wait(1.5)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 from torch.distributed import PrefixStore, Store
 
+from lavis_lite.common import lookout
 from lavis_lite.common.lookout import Lookout
 
 BEAT_SECONDS = 0.5
@@ -41,6 +42,7 @@ class Meeting:
         self._launch: Store = PrefixStore("launch", launch)
         self._store: Store = PrefixStore("meeting", store)
         self._seen_claimed = False
+        self.gone = False  # the store, as the thread that beats has found
         self._watch: tuple[Lookout, Callable[[Meeting], None]] | None = None
         self._answering: threading.Thread | None = None
         self._over = threading.Event()
@@ -65,7 +67,8 @@ class Meeting:
     def watching(self, lost: Callable[[Meeting], None]) -> Iterator[None]:
         """Within the block another rank's end is noticed whatever the main thread does, in a minute or so.
 
-        lost: called in a thread with a meeting of that thread's own; where it returns, the watch goes on.
+        lost: called in a thread with a meeting of that thread's own; where it returns, the watch goes on. Called with
+            a meeting that is `gone`, too, when the store has been for longer than a failed exchange takes to speak.
         """
         before, self._watch = self._watch, (Lookout(self.rank, self.ranks), lost)
         try:
@@ -91,14 +94,22 @@ class Meeting:
                 self._look(store)
                 self._over.wait(BEAT_SECONDS)
         except RuntimeError:  # the store is gone, and with it whoever could read
-            return
+            self._outlive_store()
+
+    def _outlive_store(self) -> None:
+        """Nobody can be asked any more: a main thread that hasn't learnt of it in time never may."""
+        self.gone = True
+        while not self._over.wait(lookout.LINGER_SECONDS):
+            watch = self._watch
+            if watch is not None:
+                watch[1](self)
 
     def _look(self, store: Store) -> None:
         watch = self._watch
         if watch is None or (self._answering is not None and self._answering.is_alive()):
             return
-        lookout, lost = watch
-        if lookout.sees_end(store, claimed=self._seen_claimed, now=time.monotonic()):
+        own, lost = watch
+        if own.sees_end(store, claimed=self._seen_claimed, now=time.monotonic()):
             # Not here: the beats must go on while the roll is called.
             self._answering = threading.Thread(target=lost, args=(self._twin(),), daemon=True)
             self._answering.start()
@@ -129,6 +140,8 @@ class Meeting:
     @property
     def claimed(self) -> bool:
         """Whether the run can't go on for some rank, which speaks."""
+        if self.gone:  # the main thread may hold the connection for ever
+            return self._seen_claimed
         try:
             return self._store.add("claims", 0) > 0
         except RuntimeError:

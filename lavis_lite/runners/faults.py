@@ -14,7 +14,7 @@ import torch.distributed as torch_dist
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError, TrainingError
-from lavis_lite.common.lookout import SILENCE_SECONDS
+from lavis_lite.common.lookout import LINGER_SECONDS, SILENCE_SECONDS
 from lavis_lite.common.meeting import Meeting
 
 # How the libraries that carry tensors between processes, and the store where they meet, say that the other end is gone
@@ -106,6 +106,9 @@ def _end_from_beside(meeting: Meeting, where: Callable[[], str], inside: Callabl
 
     Returns where all live after all, or the main thread has learnt of it meanwhile.
     """
+    if meeting.gone:
+        _end_without_store(meeting, where, inside)
+        return
     silent: list[int] = []
     code = meeting.ended
     if code is None and not meeting.claimed:
@@ -122,6 +125,17 @@ def _end_from_beside(meeting: Meeting, where: Callable[[], str], inside: Callabl
             return
     sys.stdout.flush()
     os._exit(1 if code is None else code)
+
+
+def _end_without_store(meeting: Meeting, where: Callable[[], str], inside: Callable[[], bool]) -> None:
+    """The same where nobody can be asked: each rank says it, but where one has spoken before the store was gone."""
+    if not inside():
+        return
+    if not meeting.claimed:
+        what = f"the machine where the ranks meet does not answer rank {meeting.rank} of {meeting.ranks}"
+        print(f"error: {what} {where()}; (for {LINGER_SECONDS:g} s)", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _ignore_sigterm() -> None:
