@@ -184,10 +184,10 @@ def draw(cases: Sequence[dict[str, Any]], file: Path) -> None:
         (1, 1e9),
         strict=True,
     ):
-        for colour, label in zip(COLOURS * 3, groups, strict=False):
+        for (style, colour), label in zip(product(("-", "--", ":"), COLOURS), groups, strict=False):
             own = [case for case in cases if _line_of(case) == label]
             x, y = [case["batch_size"] for case in own], [case[key] / unit for case in own]
-            axes.plot(x, y, marker="o", color=colour, label=label)
+            axes.plot(x, y, style, marker="o", color=colour, label=label)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("batch size a process")
         axes.set_ylim(bottom=0)
