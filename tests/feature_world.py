@@ -118,3 +118,8 @@ def prepared(folder: Path, *options: str, **run: Any) -> Mapping[str, Any]:
     features.check_encoder(cfg)
     base = setup.build_base(cfg, model_cfg=cfg.model)
     return features.with_features(cfg, base.datasets, setup.encoder_of(base))
+
+
+def files(folder: Path) -> list[Path]:
+    """Those of all stored features of a run in `folder`."""
+    return sorted((folder / "features").glob("*/*.safetensors"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections import namedtuple
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,13 +15,11 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import warnings_logged
-from feature_world import PICTURE_BYTES, config, noise_pictures, prepared, project
-from runner_helpers import assert_same_bits, logged, run_ranks, start, train_command, wait_for, weights
+from feature_world import PICTURE_BYTES, config, files, noise_pictures, prepared
+from runner_helpers import assert_same_bits, logged, weights
 from stage1_helpers import TinyPatches
 from torch import Tensor, nn
 
-from lavis_lite.cli import main
-from lavis_lite.common import dist, locks
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets import feature_store
@@ -32,12 +27,9 @@ from lavis_lite.datasets.order import CHOICE, seed_of
 from lavis_lite.datasets.pictures import Pictures
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.runners import features, setup
-from lavis_lite.runners.feature_keys import LOCK
 from lavis_lite.runners.resume import StartPoint
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.state import RunResult
-
-BUILD = [sys.executable, "-m", "lavis_lite.cli", "features", "build", "--cfg-path"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +59,6 @@ def train(cfg: Config) -> RunResult:
 def told() -> AbstractContextManager[list[str]]:
     """Like `warnings_logged`, with what is no warning."""
     return warnings_logged(logging.INFO)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted((folder / "features").glob("*/*.safetensors"))
 
 
 class LiveViews:
@@ -399,95 +387,3 @@ def test_models_without_encoder_and_rows_without_pictures_are_refused(tmp_path: 
     base = setup.build_base(no_pictures, model_cfg=cfg.model)
     with pytest.raises(ConfigError, match=r"dataset 'fake' \(FakeRows\) has no picture files"):
         features.with_features(no_pictures, base.datasets, setup.encoder_of(base))
-
-
-# Processes
-
-
-def test_ranks_meet_while_one_waits_for_another_build_and_while_it_encodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = config(tmp_path)
-    train(cfg)
-    files(tmp_path)[0].unlink()
-    (folder,) = (tmp_path / "features").iterdir()
-    base = setup.build_base(cfg, model_cfg=cfg.model)
-    other, said, fill = contextlib.ExitStack(), [], features.fill
-    other.enter_context(locks.locked(folder / LOCK, what="stores features too"))
-
-    def all_reduce(flag: Tensor, op: Any) -> None:
-        said.append(int(flag))
-        if len(said) == 3:
-            other.close()
-
-    def fill_slowly(*args: Any, **kwargs: Any) -> Any:
-        assert said == [0] * (len(said) - 1) + [1]
-        said.clear()
-        wait_for(lambda: len(said) >= 3, seconds=60.0)
-        return fill(*args, **kwargs)
-
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "MEET_SECONDS", 0.05)
-    monkeypatch.setattr(dist, "broadcast_object", lambda found: found)
-    monkeypatch.setattr(dist, "gather_objects", lambda unread: [unread])
-    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
-    monkeypatch.setattr(features, "fill", fill_slowly)
-    assert features.prepare(cfg, base.datasets, setup.encoder_of(base))
-    assert said == [0] * (len(said) - 1) + [1] and len(files(tmp_path)) == 5
-
-
-@pytest.mark.slow
-def test_ranks_train_on_stored_features_as_on_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one view that nothing is drawn for, a stored run and an encoding one read the same."""
-    plain = "datasets.own.vis_processor.train.name=blip_image_eval"
-
-    def ranks(name: str, *options: str) -> list[str]:
-        output = f"run.output_dir={tmp_path / name}"
-        path = project(tmp_path, batch_size_train=4)
-        return run_ranks(train_command(path, plain, output, "run.features.views=1", *options), timeout=240.0)
-
-    ranks("stored")
-    monkeypatch.setenv("FEATURE_ROUNDED", "1")
-    ranks("live", "run.cache_features=false")
-    stored, live = (weights(tmp_path / name / "checkpoints/step_000009") for name in ("stored", "live"))
-    assert_same_bits(stored, live)
-
-
-@pytest.mark.slow
-def test_ranks_outwait_another_build_that_takes_longer_than_the_timeout(tmp_path: Path) -> None:
-    path = str(project(tmp_path, batch_size_eval=4))
-    main(["features", "build", "--cfg-path", path])
-    (folder,) = (tmp_path / "features").iterdir()
-    with contextlib.ExitStack() as other:
-        other.enter_context(locks.locked(folder / LOCK, what="stores features too"))
-        threading.Timer(35.0, other.close).start()
-        outputs = run_ranks([*BUILD, path, "--options", "run.timeout=0.2"], timeout=120.0)
-    assert "waiting for another process that stores features" in outputs[0]
-
-
-@pytest.mark.slow
-def test_a_killed_build_goes_on_and_ranks_share_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = str(project(tmp_path, batch_size_eval=4))
-    monkeypatch.setenv("FEATURE_SHARD_BYTES", str(PICTURE_BYTES))  # a picture a file
-    slow = start([*BUILD, path], FEATURE_SECONDS="0.2")
-    try:
-        wait_for(lambda: len(files(tmp_path)) >= 3, seconds=240.0)
-    finally:
-        slow.send_signal(signal.SIGKILL)
-        slow.communicate()
-    done = {file: file.stat().st_mtime_ns for file in files(tmp_path)}
-    assert 3 <= len(done) < 24
-    for output in run_ranks([*BUILD, path], timeout=240.0):
-        assert "Traceback" not in output
-    assert len(files(tmp_path)) == 24
-    assert {file: file.stat().st_mtime_ns for file in done} == done
-    assert not list((tmp_path / "features").glob("*/.tmp-*"))
-    built = {file.name: file.read_bytes() for file in files(tmp_path)}
-    shutil.rmtree(tmp_path / "features")
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", PICTURE_BYTES)
-    main(["features", "build", "--cfg-path", path])
-    assert {file.name: file.read_bytes() for file in files(tmp_path)} == built
