@@ -39,8 +39,7 @@ def _build(args: argparse.Namespace) -> None:
     """Encode pictures and make an index of them; interrupted, the same command goes on where it was."""
     from lavis_lite.search import BuildOptions, ModelChoice, build_index
 
-    encoder = _encoder(ModelChoice(_model_name(args), args.checkpoint), args)
-    options = BuildOptions(
+    options = BuildOptions(  # before the model is loaded, which takes long: they may be refused
         kind=args.kind,
         dtype=args.dtype,
         target=args.recall,
@@ -48,6 +47,7 @@ def _build(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
+    encoder = _encoder(ModelChoice(_model_name(args), args.checkpoint), args)
     _tell(build_index(args.images, args.out, encoder, options, replace_old=args.replace), args.out, "indexed")
 
 
