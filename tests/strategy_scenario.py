@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from generative_helpers import tiny_generative_config
+from retrieval_world import Pictures
 from runner_helpers import free_port
 from stage1_helpers import enlarge_weights, tiny_config, tiny_samples, write_tokenizer
 from vqa_helpers import ANSWERS, QUESTIONS, question_config
@@ -32,6 +33,8 @@ from lavis_lite.models.blip2_generative import Blip2Generative
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.parallel.base import build_strategy
 from lavis_lite.parallel.blocks import transformer_blocks
+from lavis_lite.tasks.base import EvalArgs
+from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 
 STEPS, ROWS = 5, 8
 ACCUM = 2  # batches per step
@@ -164,6 +167,8 @@ def train(run: str, case: str, folder: Path) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         if step == 1:
             found["alone"] = alone(strategy, wrapped, model, batch_of)
+            if case == "stage1":
+                found["retrieval"] = retrieval(strategy, wrapped, model, folder)
     found["weights"] = strategy.model_tensors(model)
     found["moments"] = strategy.optimizer_tensors(optimizer)
     return found
@@ -186,6 +191,17 @@ def alone(strategy: Any, wrapped: nn.Module, model: nn.Module, batch_of: Callabl
         values = [float(model(batch_of(100))["loss"]) for _ in range(1 + int(os.environ["RANK"]))]
         model.train()
     return values[0]
+
+
+def retrieval(strategy: Any, wrapped: nn.Module, model: nn.Module, folder: Path) -> dict[str, float]:
+    """What a run's evaluation does of more than forward passes: halves of pairs, and files of what is scored."""
+    data = Pictures(7)
+    data.pixels = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    data.texts = [[words] for words in (*WORDS, "a cat runs")]
+    task = ImageTextPretrainTask(k_test=3, loss_batches=0, num_examples=0)
+    args = EvalArgs(batch_size=2, folder=folder.with_suffix(".evaluation"), label="test")
+    with strategy.whole(wrapped):
+        return task.evaluate(model, data, loader_args=args).metrics
 
 
 class memoryless:

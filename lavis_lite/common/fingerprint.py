@@ -34,7 +34,8 @@ def tensors_digest(tensors: Mapping[str, Tensor], length: int = 16) -> str:
     """So many hexadecimal digits that stand for named tensors: names, types, shapes and every bit."""
     state = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        # A copy: memory that numpy has looked at can't be given back any more, as sharding does with gathered weights.
+        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()[:length]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.fingerprint import digest, tensors_digest
@@ -26,13 +27,13 @@ class PairJournal:
     The files' names tell what was evaluated: weights, texts, every cosine of ITC, precision and number of processes. An
     evaluation that differs in any of them doesn't read them. Without a folder nothing is kept.
 
-    model: its `state_dict` has the weights; one without is evaluated without a journal. loader_args: `EvalArgs`.
+    model: one that is no torch module is evaluated without a journal. loader_args: `EvalArgs`.
     """
 
     def __init__(self, model: Any, gallery: Gallery, loader_args: Any) -> None:
         self.folder: Path | None = None
         self._writable = True
-        if loader_args.folder is not None and hasattr(model, "state_dict"):
+        if loader_args.folder is not None and isinstance(model, nn.Module):
             self.folder = loader_args.folder / f"rerank_{loader_args.label}"
             self._evaluated = _evaluated(model, gallery, loader_args)
             self._start = f"{self._evaluated}_{dist.rank()}_"
@@ -74,11 +75,7 @@ class PairJournal:
 
 def _evaluated(model: Any, gallery: Gallery, loader_args: Any) -> str:
     """The same digits on all ranks for the same evaluation."""
-    # A sharded weight is known by its shards.
-    weights = {
-        name: weight.to_local() if hasattr(weight, "to_local") else weight
-        for name, weight in model.state_dict().items()
-        if isinstance(weight, Tensor)
-    }
+    # Not by its state dict: to ask for that gives gathered weights back, which the evaluation still needs.
+    weights = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     own = tensors_digest({**weights, " similarity": gallery.similarity})
     return digest(repr((dist.gather_objects(own), gallery.rows, gallery.texts, loader_args.precision)))
