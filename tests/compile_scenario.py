@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from strategy_scenario import ranks
+from strategy_scenario import ending_on_error, ranks
 
 from lavis_lite.common import dist, optim
 from lavis_lite.parallel.base import build_strategy
@@ -106,14 +105,11 @@ def train(name: str, compiled: bool) -> dict[str, Any]:
 def main(folder: Path) -> None:
     for run, (name, world, compiled) in RUNS.items():
         for rank in ranks(world):
-            try:
+            with ending_on_error():
                 dist.init(2)
                 found = train(name, compiled)
                 if rank == 0:
                     torch.save(found, folder / f"{run}.pt")
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ a fork nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,16 @@ def ranks(world: int) -> Iterator[int]:
     assert not any(statuses), statuses
 
 
+@contextlib.contextmanager
+def ending_on_error() -> Iterator[None]:
+    """Around what a forked rank does: an error ends it at once, and never runs what belongs to its parent."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
 def main(folder: Path, only: str | None = None) -> None:
     losses.sample_negatives = hardest
     for case in CASES:  # what models and optimisers import late, imported once and not in every rank
@@ -238,17 +250,12 @@ def main(folder: Path, only: str | None = None) -> None:
         if only not in (None, name):
             continue
         for rank in ranks(world):
-            try:
+            with ending_on_error():
                 dist.init(2)
                 for case in CASES if run in RUNS else [SCALED_CASE]:
                     found = train(run, case, folder / f"{run}.{rank}")
                     if rank == 0:
                         torch.save(found, folder / f"{run}.{case}.pt")
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,8 @@ def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
         try:
             os.rename(temporary, path)
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # of two errors the first is told; remove_leftovers tries again
+            # Of two errors the first is told; remove_leftovers tries again.
+            with contextlib.suppress(OSError):
                 os.rename(old, path)
             raise
         with contextlib.suppress(OSError):
