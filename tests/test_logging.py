@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +14,16 @@ from rich.console import Console
 
 from lavis_lite.common import logging as log
 from lavis_lite.common.errors import MissingDependencyError
+
+
+@pytest.mark.parametrize("how", ["say('x' * 60)", "get_logger().warning('x' * 60)"])
+def test_lines_of_processes_with_unbuffered_output_stay_whole(tmp_path: Path, how: str) -> None:
+    code = f"from lavis_lite.common.logging import get_logger, say\nfor _ in range(3000): {how}"
+    with (tmp_path / "said").open("wb") as said:
+        ranks = [subprocess.Popen([sys.executable, "-u", "-c", code], stderr=said) for _ in range(3)]
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0, 0]
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert len(lines) == 9000 and {line[-61:].lstrip() for line in lines} == {"x" * 60}
 
 
 def test_rows_are_on_the_disk_at_once_and_valid_json(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError
+from lavis_lite.common.logging import say
 
 
 @contextlib.contextmanager
@@ -21,12 +22,12 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
     except LavisLiteError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
         if debug or error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {error.strerror}: '{error.filename or 'a file of the run'}'", file=sys.stderr)
+        say(f"error: {error.strerror}: '{error.filename or 'a file of the run'}'")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

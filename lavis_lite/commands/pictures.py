@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.commands.errors import one_line_errors
+from lavis_lite.common.logging import say
 
 if TYPE_CHECKING:
     from lavis_lite.generate import Place
@@ -108,5 +109,5 @@ def _take_picture_arguments(arguments: dict[str, Any]) -> tuple[str, list[str], 
 
 def _tell_unreadable(number: int) -> None:
     if number:
-        print(f"error: {number} files could not be read; their lines say why", file=sys.stderr)
+        say(f"error: {number} files could not be read; their lines say why")
         sys.exit(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis_lite.commands.errors import one_line_errors
+from lavis_lite.common.logging import say
 
 if TYPE_CHECKING:
     from lavis_lite.datasets.shard_check import Report
@@ -68,7 +69,7 @@ def _make(args: argparse.Namespace) -> None:
     failures = [failure for one in written for failure in one.failures]
     if samples < plan.rows:
         example = f", for example {failures[0][0]}: {failures[0][1]}" if failures else ""
-        print(f"{plan.rows - samples:,} rows could not be read and are left out{example}", file=sys.stderr)
+        say(f"{plan.rows - samples:,} rows could not be read and are left out{example}")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +105,7 @@ def _check(args: argparse.Namespace) -> None:
         f"{good} of {total} shards are whole: {samples:,} samples, {captions:,} captions, {bad:,} bad samples"
     )
     if args.readers is not None and total < args.readers:
-        print(
-            f"{total} shards are too few for {args.readers} readers of a stream: each needs one",
-            file=sys.stderr,
-        )
+        say(f"{total} shards are too few for {args.readers} readers of a stream: each needs one")
         sys.exit(1)
     if good < total or not total:
         sys.exit(1)

@@ -36,13 +36,23 @@ def console() -> Console:
     return _console
 
 
+def say(text: str) -> None:
+    """Write a line to stderr in one piece.
+
+    `print` writes a line's end apart where stderr is unbuffered, as torchrun starts its ranks: two ranks' lines would
+    run into each other.
+    """
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if console().is_terminal:
             console().print(text, markup=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
 def get_logger(name: str = ROOT) -> logging.Logger:

@@ -14,6 +14,7 @@ import torch.distributed as torch_dist
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import DISK_ERRORS, LavisLiteError, TrainingError
+from lavis_lite.common.logging import say
 from lavis_lite.common.lookout import LINGER_SECONDS, SILENCE_SECONDS
 from lavis_lite.common.meeting import Meeting
 
@@ -117,7 +118,7 @@ def _end_from_beside(meeting: Meeting, where: Callable[[], str], inside: Callabl
             return
     if silent and meeting.claim():
         reason = f"(silent for {SILENCE_SECONDS:g} s)"
-        print(f"error: {_silence(silent, meeting.ranks)} {where()}; {reason}", file=sys.stderr, flush=True)
+        say(f"error: {_silence(silent, meeting.ranks)} {where()}; {reason}")
         meeting.let_go()
     elif code is None:
         meeting.stay()
@@ -133,7 +134,7 @@ def _end_without_store(meeting: Meeting, where: Callable[[], str], inside: Calla
         return
     if not meeting.claimed:
         what = f"the machine where the ranks meet does not answer rank {meeting.rank} of {meeting.ranks}"
-        print(f"error: {what} {where()}; (for {LINGER_SECONDS:g} s)", file=sys.stderr, flush=True)
+        say(f"error: {what} {where()}; (for {LINGER_SECONDS:g} s)")
     sys.stdout.flush()
     os._exit(1)
 
