@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config as settings
 from functorch.compile import make_boxed_func
 from generative_helpers import tiny_generative_config
 from runner_helpers import assert_same_bits, config, start, weights
@@ -117,8 +118,8 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(
     assert said[0].startswith("run.compile: going on without, since a block can't be compiled: ")
 
 
-def test_a_backward_pass_that_cannot_be_compiled_is_one_line(tmp_path: Path) -> None:
-    """The forward pass is compiled, and long over."""
+def without_backward() -> Any:
+    """A compiler that can do forward passes alone."""
     from torch._dynamo.backends.common import aot_autograd
 
     def failing(graph: Any, inputs: Any) -> Any:
@@ -127,9 +128,36 @@ def test_a_backward_pass_that_cannot_be_compiled_is_one_line(tmp_path: Path) -> 
     def plain(graph: Any, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
+    return aot_autograd(fw_compiler=plain, bw_compiler=failing)
+
+
+def test_a_block_whose_backward_pass_cannot_be_compiled_runs_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
-    function = torch.compile(torch.tanh, backend=aot_autograd(fw_compiler=plain, bw_compiler=failing))
-    loss = function(torch.ones(3, requires_grad=True)).sum()
+    compile_with, backend = torch.compile, without_backward()
+    monkeypatch.setattr(compiling, "_try_out", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=backend))
+    said: list[str] = []
+    monkeypatch.setattr(compiling.logger, "warning", lambda text, *args: said.append(text % args))
+    plain, compiled = build(1, tmp_path), build(1, tmp_path)
+    with settings.patch(force_non_lazy_backward_lowering=False):  # puts back what is set here
+        assert compiling.compile_blocks(compiled, CPU) > 0
+        for model in (plain, compiled):
+            torch.manual_seed(1)
+            model(tiny_samples(4))["loss"].backward()
+    assert torch.equal(plain.query_tokens.grad, compiled.query_tokens.grad)
+    assert len(said) == 1 and "\n" not in said[0], said
+    assert said[0].startswith("run.compile: going on without, since a block can't be compiled: ")
+    assert "no kernel for this" in said[0]
+
+
+def test_a_backward_pass_that_is_compiled_too_late_is_one_line() -> None:
+    """The forward pass is compiled, and long over."""
+    torch._dynamo.reset()
+    function = torch.compile(torch.tanh, backend=without_backward())
+    with settings.patch(force_non_lazy_backward_lowering=False):
+        loss = function(torch.ones(3, requires_grad=True)).sum()
     with pytest.raises(TrainingError) as caught, compiling.backward_errors():
         loss.backward()
     assert "can't be compiled: RuntimeError: no kernel for this; set run.compile=false" in str(caught.value)

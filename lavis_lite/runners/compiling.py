@@ -67,13 +67,14 @@ def compile_blocks(model: nn.Module, device: torch.device) -> int:
     """Compile every transformer block of a model in place; the number of them, 0 where the compiler doesn't work.
 
     Parameters, buffers and state dicts keep their names. A compiler that doesn't work here (no C++ compiler, no
-    Triton) is found out by compiling something small, and one that fails at a block when that first runs; either is
-    told in one line.
+    Triton) is found out by compiling something small, and one that fails at a block, or at its backward pass, when that
+    first runs; either is told in one line.
     """
     reason = compiler_failure(device)
     if reason is not None:
         logger.warning("run.compile: going on without, since torch.compile does not work here: %s", reason)
         return 0
+    _compile_backward_early()
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     compiler, blocks = BlockCompiler(model), compiled_blocks(model)
     for block in blocks:
@@ -85,9 +86,17 @@ def compile_blocks(model: nn.Module, device: torch.device) -> int:
     return len(blocks)
 
 
+def _compile_backward_early() -> None:
+    """Compile a block's backward pass when its forward is, and not when it first runs: too late to do without."""
+    import torch._functorch.config as settings
+
+    if hasattr(settings, "force_non_lazy_backward_lowering"):  # not in the oldest torch that is supported
+        settings.force_non_lazy_backward_lowering = True
+
+
 @contextlib.contextmanager
 def backward_errors() -> Iterator[None]:
-    """Around a backward pass, where a block's own is compiled, too late to run the block as it is.
+    """Around a backward pass, where one that wasn't compiled with its forward is, too late to run the block as it is.
 
     Raises TrainingError, one line, for a compiler's error.
     """
