@@ -164,7 +164,7 @@ class Medium:
 
     key: str
     word: str
-    suffixes: frozenset[str]
+    suffixes: tuple[str, ...]
     num_frames: int = 0
 
     @classmethod

@@ -35,6 +35,7 @@ MODULES: dict[str, dict[str, list[str]]] = {
         "lavis_lite.datasets.vqa_builder": ["vqa"],
         "lavis_lite.datasets.shard_builder": ["shards", "vqa_shards"],
         "lavis_lite.datasets.clip_builders": ["video_text", "video_vqa"],
+        "lavis_lite.datasets.clip_shards": ["video_shards", "video_vqa_shards"],
         "lavis_lite.worlds.shapes.builder": ["shapes"],
         "lavis_lite.worlds.shapes.clip_builder": ["shapes_video"],
         "lavis_lite.worlds.shapes.vit_data": ["shapes_rendered"],

@@ -240,7 +240,7 @@ def _item(
 ) -> Item:
     """The picture of a sample; one without a caption is none the worse for it. read: as of `SampleForm.row`."""
     name = f"{shard}, {key}"
-    picture = form.picture(members)
+    picture = form.shown(members)
     if picture is None:
         wanted = f"no .{form.image}" if form.image else "no picture"
         return Item(key, name, problem=f"{wanted} among its members ({', '.join(members)})")

@@ -77,9 +77,10 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         "patterns", nargs="+", metavar="PATTERN", help="'shards/{00000..00099}.tar', 'a/*.tar', ..."
     )
     parser.add_argument(
-        "--deep", action="store_true", help="decode every picture, compare local shards' checksums"
+        "--deep", action="store_true", help="decode every picture or clip, compare local shards' checksums"
     )
-    parser.add_argument("--image", metavar="EXT", help="the extension of the picture's member")
+    parser.add_argument("--clips", action="store_true", help="samples show clips, not pictures")
+    parser.add_argument("--image", metavar="EXT", help="the extension of the picture's or clip's member")
     parser.add_argument(
         "--caption-field", metavar="NAME", help="of the .json, as the configuration's fields.caption"
     )
@@ -91,10 +92,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from lavis_lite.datasets.clip_sources import CLIPS
+    from lavis_lite.datasets.folder import PICTURES
     from lavis_lite.datasets.readers import Fields
     from lavis_lite.datasets.shard_rows import SampleForm
 
-    form = SampleForm(image=args.image, fields=Fields(caption=args.caption_field))
+    form = SampleForm(args.image, Fields(caption=args.caption_field), CLIPS if args.clips else PICTURES)
     total = good = samples = captions = bad = 0
     for report in _reports(args.patterns, form, deep=args.deep, workers=args.workers):
         total, good = total + 1, good + report.good
@@ -104,6 +107,8 @@ def _check(args: argparse.Namespace) -> None:
     print(
         f"{good} of {total} shards are whole: {samples:,} samples, {captions:,} captions, {bad:,} bad samples"
     )
+    if total and not samples - bad and not args.clips:
+        say("samples that show clips are looked at with --clips")
     if args.readers is not None and total < args.readers:
         say(f"{total} shards are too few for {args.readers} readers of a stream: each needs one")
         sys.exit(1)

@@ -70,7 +70,7 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     preset = load_model_preset(user.get("model") or {})
     model = merge(preset.get("model", {}), user.get("model") or {})
     datasets = {
-        name: merge(preset.get("preprocess", {}), dataset_section(name, section))
+        name: _with_preprocess(preset.get("preprocess", {}), dataset_section(name, section))
         for name, section in (user.get("datasets") or {}).items()
     }
     run_defaults = {"output_dir": f"output/{path.stem}"}
@@ -110,6 +110,16 @@ def _validate_part(part: Any, section: Mapping[str, Any], *, where: str, skip: S
         part.validate_config({key: value for key, value in section.items() if key not in skip}, where=where)
     else:
         bind(part, section, where=where, skip=skip)
+
+
+def _with_preprocess(preprocess: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset's section over the processors of a model's preset, which are of pictures.
+
+    What a builder of something else makes of these its class method `adapt_preprocess` says.
+    """
+    builder = registry.get_builder_class(str(section.get("builder", "image_text")))
+    adapt = getattr(builder, "adapt_preprocess", dict)
+    return merge(adapt(preprocess), section)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ CONFIG_FILE = "config.yaml"  # what a run leaves in its folder
 @dataclass(frozen=True)
 class ModelRecipe:
     """model: a `model` section with `arch`, and with `pretrained` where weights are known. preprocess: the sections
-    `vis_processor` and `text_processor`."""
+    `vis_processor`, of pictures or of frames, and `text_processor`."""
 
     model: Mapping[str, Any]
     preprocess: Mapping[str, Any]
@@ -80,4 +80,14 @@ def _of_run(folder: Path, checkpoint: str | Path | None) -> ModelRecipe:
         raise ConfigError(f"'{folder / CONFIG_FILE}' is not of a run: it has no model.arch, or no datasets")
     first: Mapping[str, Any] = next(iter(datasets.values())) or {}
     preprocess = {kind: first[kind] for kind in ("vis_processor", "text_processor") if first.get(kind)}
+    if "vis_processor" in preprocess:
+        preprocess["vis_processor"] = {
+            split: _of_frames(processor) for split, processor in preprocess["vis_processor"].items()
+        }
     return ModelRecipe({**model, "pretrained": str(checkpoint or folder)}, preprocess)
+
+
+def _of_frames(processor: Any) -> Any:
+    """The processor of a clip's frames, where a run's is of clips; it is that of pictures, too."""
+    of_clips = isinstance(processor, Mapping) and processor.get("name") == "video"
+    return processor.get("frames", processor) if of_clips else processor

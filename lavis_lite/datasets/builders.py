@@ -146,6 +146,21 @@ class ImageTextBuilder:
             raise ConfigError(f"{where}.ratio can't be negative, got {ratio}")
 
     @classmethod
+    def adapt_preprocess(cls, preprocess: Mapping[str, Any]) -> dict[str, Any]:
+        """The processors of a model's preset, which are of pictures and captions, as those of this builder's rows.
+
+        A clip's frames are pictures: the default processor of clips gets that of pictures as its `frames`. Of rows that
+        aren't captions the default processor stays.
+        """
+        fits = {"vis_processor": (_of_frames, cls.default_vis), "text_processor": (_of_texts, cls.default_text)}
+        adapted = dict(preprocess)
+        for kind, (fit, defaults) in fits.items():
+            if preprocess.get(kind):
+                sections = preprocess[kind].items()
+                adapted[kind] = {split: fit(defaults.get(split, own), own) for split, own in sections}
+        return adapted
+
+    @classmethod
     def validate_config(cls, section: Mapping[str, Any], *, where: str) -> None:
         """Check a section, nested keys included, without touching a data file; raises ConfigError."""
         cls(**bind(cls, section, where=where))
@@ -290,6 +305,19 @@ def _split_config(
     config = split_class(**bind(split_class, merge(defaults, section), where=where))
     config.check(where)
     return config
+
+
+def _of_frames(default: Mapping[str, Any], pictures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A builder's default processor with a preset's in the place of its frames' one; the preset's if it has none."""
+    if "frames" not in default or pictures.get("name") == default["name"]:
+        return pictures
+    return {**default, "frames": pictures}
+
+
+def _of_texts(default: Mapping[str, Any], captions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A preset's processor, but for that of captions where a builder's rows are something else."""
+    known = {processor["name"] for processor in DEFAULT_TEXT.values()}
+    return default if captions.get("name") in known and default["name"] not in known else captions
 
 
 def check_limit(limit: int | None, where: str) -> None:

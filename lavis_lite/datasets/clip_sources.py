@@ -17,7 +17,7 @@ from lavis_lite.processors.video import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-CLIPS = Kind("clips", SUFFIXES)
+CLIPS = Kind("clips", "clip", SUFFIXES)
 CLIP_NAME = "{video_id}.mp4"
 
 

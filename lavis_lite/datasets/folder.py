@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +15,18 @@ from lavis_lite.datasets.readers import Row, bad_text
 
 
 class Kind(NamedTuple):
-    """Files that rows show. name: of many of them. suffixes: theirs, in lower case."""
+    """Files that rows show. name: of several. one: of one. suffixes: theirs, in lower case, the usual one first."""
 
     name: str
-    suffixes: Set[str]
+    one: str
+    suffixes: tuple[str, ...]
 
     def has(self, name: str) -> bool:
         """Whether a file with that name is one."""
         return os.path.splitext(name)[1].lower() in self.suffixes
 
 
-PICTURES = Kind("pictures", SUFFIXES)
+PICTURES = Kind("pictures", "picture", SUFFIXES)
 
 
 def read_rows(root: Path, *, where: str, uncaptioned: bool = False, kind: Kind = PICTURES) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.folder import PICTURES, Kind
 from lavis_lite.datasets.images import read_image
 from lavis_lite.datasets.order import seed_of
 from lavis_lite.datasets.records import Record, RecordTable
@@ -51,10 +52,12 @@ class ImageTextDataset:
         name
             (its splits and parts) share the numbers their files declare.
 
-    visual: the batch's key of what is seen; `_see` and `_picture` are what a dataset of other files replaces.
+    visual: the batch's key of what is seen. kind: of its files. `_see` and `_picture` are what a dataset of other files
+    replaces.
     """
 
     visual: ClassVar[str] = "image"
+    kind: ClassVar[Kind] = PICTURES
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 from lavis_lite.common.config import PRESETS, dataset_section, read_yaml
 from lavis_lite.common.errors import LavisLiteError
 from lavis_lite.datasets.builders import SPLITS, build_datasets
-from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
+from lavis_lite.datasets.image_text import ImageTextDataset
 from lavis_lite.datasets.named import only_split
 from lavis_lite.datasets.shard_stream import ShardStream
 from lavis_lite.datasets.tar_members import Address
@@ -96,7 +96,7 @@ def check_layout(name: str, section: Mapping[str, Any], *, all_rows: bool = Fals
         else:
             found.rows = len(dataset)
             if isinstance(dataset, ImageTextDataset):
-                found.files = "pictures" if has_picture_files(dataset) else "clips"
+                found.files = dataset.kind.name
                 found.unusable, found.example = dataset.problems()
                 _look_for_files(dataset, found, all_rows=all_rows)
         yield found

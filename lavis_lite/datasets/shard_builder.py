@@ -14,6 +14,7 @@ from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import MapDataset, UnreadableSample
 from lavis_lite.datasets.builders import ImageTextBuilder, check_limit
+from lavis_lite.datasets.folder import PICTURES, Kind
 from lavis_lite.datasets.readers import Fields
 from lavis_lite.datasets.records import Record, RecordTable, Source
 from lavis_lite.datasets.shard_rows import SampleForm
@@ -34,7 +35,7 @@ class ShardSplitConfig:
     """One source of a split's samples.
 
     shards: paths, `pipe:` commands or http(s) addresses of tars; braces ({00000..00099}) are expanded, and * in paths.
-    image: extension of the picture's member; by default the first that is one of a picture.
+    image: extension of the picture's (or clip's) member; by default the first that is one of a picture.
     fields: the names in a sample's .json. Without a caption in it, each line of the .txt is one.
     split_captions: make a row of each caption, instead of drawing one. limit: only the first rows.
     stream: read from beginning to end instead of at random; what is no local .tar always is. It is for training.
@@ -108,6 +109,8 @@ class ShardBuilder(ImageTextBuilder):
     """
 
     split_class: ClassVar[type] = ShardSplitConfig
+    kind: ClassVar[Kind] = PICTURES
+    stream_class: ClassVar[type[ShardStream]] = ShardStream
 
     def __init__(
         self,
@@ -137,18 +140,18 @@ class ShardBuilder(ImageTextBuilder):
             raise ConfigError(f"{where}: a stream is for training; evaluation needs local .tar files")
         if len(configs) > 1:
             raise ConfigError(f"{where}: a stream stands alone; give each its own dataset, mixed by `ratio`")
-        if type(self).dataset_class is QuestionDataset:
+        if self._asks():
             raise ConfigError(f"{where}: questions are read from local .tar files, not from a stream")
 
     def _dataset(self, split: str, sources: list[Source]) -> Any:
         config = self.splits[split][0]
         if not config.streamed:
             return super()._dataset(split, sources)
-        stream = ShardStream(
+        stream = type(self).stream_class(
             self._urls(config, f"datasets.{self.name}.{split}.shards"),
             samples=config.samples,
             shuffle=config.shuffle,
-            form=_form(config),
+            form=self._form(config),
             vis_processor=self.vis_processors["train"],
             text_processor=self.text_processors["train"],
             name=self.name,
@@ -169,8 +172,16 @@ class ShardBuilder(ImageTextBuilder):
             where=where,
             shards=shards,
             pattern=", ".join(config.patterns),
-            form=_form(config),
+            form=self._form(config),
         )
+
+    def _form(self, config: ShardSplitConfig) -> SampleForm:
+        return SampleForm(image=config.image, fields=config.fields or Fields(), kind=type(self).kind)
+
+    def _asks(self) -> bool:
+        """Whether rows are questions."""
+        rows = type(self).dataset_class
+        return isinstance(rows, type) and issubclass(rows, QuestionDataset)
 
     def _urls(self, config: ShardSplitConfig, key: str) -> list[str]:
         """The shards of a split: addresses as they are, local ones with the paths where they were found."""
@@ -231,7 +242,7 @@ class ShardBuilder(ImageTextBuilder):
         address = Address.parse(os.path.join(folder, record.image))
         if record.problem is not None or address is None:
             return record.problem or f"{record.image} is no member of a shard"
-        asks = type(self).dataset_class is QuestionDataset
+        asks = self._asks()
         if not (record.question if asks else record.captions):
             return f"{address}: no {'question' if asks else 'caption'} in it"
         try:
@@ -250,7 +261,3 @@ class QuestionShardBuilder(ShardBuilder):
         "train": {"name": "blip_question"},
         "eval": {"name": "blip_question"},
     }
-
-
-def _form(config: ShardSplitConfig) -> SampleForm:
-    return SampleForm(image=config.image, fields=config.fields or Fields())

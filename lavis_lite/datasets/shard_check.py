@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.images import decode_image, read_image
+from lavis_lite.datasets.clip_sources import CLIPS
+from lavis_lite.datasets.clips import decode_clip
+from lavis_lite.datasets.folder import Kind
+from lavis_lite.datasets.images import decode_image, read_bytes
 from lavis_lite.datasets.shard_rows import SampleForm
 from lavis_lite.datasets.shard_writer import read_folder_index
 from lavis_lite.datasets.shards import in_processes, read_index, scan_shard
@@ -37,7 +40,10 @@ class Report(NamedTuple):
 def check_shards(
     shards: Sequence[str], form: SampleForm, *, deep: bool = False, workers: int | None = None
 ) -> Iterator[Report]:
-    """A report of each local shard, in order. deep: decode every picture, and compare with the index's checksum."""
+    """A report of each local shard, in order.
+
+    deep: decode every picture, or a frame of every clip, and compare with the index's checksum.
+    """
     return in_processes(partial(_check, form=form, deep=deep), [Path(shard) for shard in shards], workers)
 
 
@@ -65,15 +71,19 @@ def _check_stream(url: str, *, form: SampleForm, deep: bool) -> Report:
             if row.problem is not None:
                 bad.append(row.problem)
             elif deep:
-                undecodable += _undecodable_bytes(sample.members[form.picture(sample.members) or ""], place)
+                content = sample.members[form.shown(sample.members) or ""]
+                undecodable += _undecodable(content, place, form.kind)
     except (BrokenStream, OSError) as error:
         broken = why(error)
     return Report(url, keys.total(), captions, broken, bad + _repeated(keys) + undecodable)
 
 
-def _undecodable_bytes(content: bytes, place: str) -> list[str]:
+def _undecodable(content: bytes, place: str, kind: Kind) -> list[str]:
     try:
-        decode_image(io.BytesIO(content), place)
+        if kind == CLIPS:
+            decode_clip(io.BytesIO(content), place, 1)
+        else:
+            decode_image(io.BytesIO(content), place)
     except UnreadableSample as error:
         return [str(error)]
     return []
@@ -85,18 +95,21 @@ def _check(shard: Path, *, form: SampleForm, deep: bool) -> Report:
     rows = scan_shard(shard, form)
     ends = rows and rows[-1].image == shard.name
     broken = (
-        str(rows.pop().problem).removeprefix(f"{shard}: ") if ends else _differs(shard, len(rows), deep=deep)
+        str(rows.pop().problem).removeprefix(f"{shard}: ")
+        if ends
+        else _differs(shard, len(rows), form.kind, deep=deep)
     )
     bad = [str(row.problem).removeprefix(f"{shard}, ") for row in rows if row.problem is not None]
     bad += _repeated(Counter(_key(row.image) for row in rows))
     if deep:
-        bad += [found for row in rows if row.problem is None for found in _undecodable(shard, row.image)]
+        good = [row.image for row in rows if row.problem is None]
+        bad += [found for image in good for found in _undecodable_member(shard, image, form.kind)]
     return Report(str(shard), len(rows), sum(len(row.captions) for row in rows), broken, bad)
 
 
-def _differs(shard: Path, samples: int, *, deep: bool) -> str | None:
+def _differs(shard: Path, samples: int, kind: Kind, *, deep: bool) -> str | None:
     """How a whole shard differs from what the indexes beside it say; None where it doesn't, or there are none."""
-    indexed = read_index(shard)
+    indexed = read_index(shard, kind)
     if indexed is not None and len(indexed) != samples:
         return f"it has {samples} samples, its index {len(indexed)}"
     content = read_folder_index(shard.parent) or {}
@@ -122,9 +135,10 @@ def _key(image: str) -> str:
     return named[0] if named else image
 
 
-def _undecodable(shard: Path, image: str) -> list[str]:
+def _undecodable_member(shard: Path, image: str, kind: Kind) -> list[str]:
+    place = f"sample {_key(image)}"
     try:
-        read_image(shard.parent / image)
+        content = read_bytes(str(shard.parent / image))
     except UnreadableSample as error:
-        return [f"sample {_key(image)}: {error.reason}"]
-    return []
+        return [f"{place}: {error.reason}"]
+    return _undecodable(content, place, kind)

@@ -8,29 +8,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.images import SUFFIXES
+from lavis_lite.datasets.folder import PICTURES, Kind
 from lavis_lite.datasets.readers import Asked, Fields, Row, bad_text
 
 # A list of captions, such as a web caption and generated ones, before the one it was made from.
 CAPTION_NAMES = ("captions", "caption", "text")
-PICTURES = tuple(suffix.lstrip(".") for suffix in sorted(SUFFIXES))
 
 
 @dataclass(frozen=True)
 class SampleForm:
     """What the members of a sample are.
 
-    image: the picture's extension; None: the first that is one of a picture. fields: names in the .json member.
+    image: the picture's (or clip's) extension; None: the first that is one of its kind. fields: names in the .json
+    member. kind: what a sample shows.
     """
 
     image: str | None = None
     fields: Fields = field(default_factory=Fields)
+    kind: Kind = PICTURES
 
-    def picture(self, extensions: Mapping[str, Any]) -> str | None:
-        """The extension of the picture's member; None without one."""
+    def shown(self, extensions: Mapping[str, Any]) -> str | None:
+        """The extension of the picture's (or clip's) member; None without one."""
         if self.image is not None:
             return self.image if self.image in extensions else None
-        return next((extension for extension in extensions if extension in PICTURES), None)
+        return next((extension for extension in extensions if f".{extension}" in self.kind.suffixes), None)
 
     def row(self, image: str, place: str, extensions: Mapping[str, Any], read: Callable[[str], bytes]) -> Row:
         """The row of a sample; its `problem` says what is missing or broken.
@@ -38,8 +39,8 @@ class SampleForm:
         image: the picture's path or address. place: shard and key, for messages. extensions: of its members.
         read: the bytes of the member with an extension; may raise UnreadableSample.
         """
-        if self.picture(extensions) is None:
-            wanted = f"no .{self.image}" if self.image else "no picture"
+        if self.shown(extensions) is None:
+            wanted = f"no .{self.image}" if self.image else f"no {self.kind.one}"
             return Row(image, problem=f"{place}: {wanted} among its members ({', '.join(extensions)})")
         if not {"json", "txt"} & extensions.keys():
             return Row(

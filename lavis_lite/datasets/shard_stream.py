@@ -13,7 +13,7 @@ import io
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,11 @@ class ShardStream:
         shuffle: samples of a block, which is held in memory undecoded. 1 doesn't shuffle within shards.
         form: what the members of a sample are.
         vis_processor, text_processor, name: as of `ImageTextDataset`.
+
+    visual: the batch's key of what is seen; `_see` is what a stream of other files replaces.
     """
+
+    visual: ClassVar[str] = "image"
 
     def __init__(
         self,
@@ -183,12 +187,12 @@ class ShardStream:
         row = self.row(raw)
         if row.problem is not None or not row.captions:
             raise UnreadableSample(row.image, (row.problem or "no caption").removeprefix(f"{row.image}: "))
-        picture = decode_image(io.BytesIO(raw.members[self.form.picture(raw.members) or ""]), row.image)
+        content = io.BytesIO(raw.members[self.form.shown(raw.members) or ""])
         index = (raw.shard << 32) + raw.number
         with seeded(seed):
             caption = row.captions[int(torch.randint(len(row.captions), ()))]
             return {
-                "image": self.vis_processor(picture),
+                self.visual: self._see(content, row.image),
                 "text_input": self.text_processor(caption),
                 "image_id": public_image_id(self._salt, index, number_of(row.image_id)),
                 "index": index,
@@ -196,7 +200,11 @@ class ShardStream:
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch, as of `ImageTextDataset.collate`."""
-        return collate_images(samples)
+        return collate_images(samples, visual=self.visual)
+
+    def _see(self, content: io.BytesIO, place: str) -> Tensor:
+        """What a model is shown of a member's content; raises UnreadableSample, which names the place."""
+        return self.vis_processor(decode_image(content, place))
 
 
 class StreamReader:

@@ -23,10 +23,11 @@ from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
 from lavis_lite.common.locks import Busy, locked
 from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
-from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
-from lavis_lite.datasets.images import SUFFIXES, read_bytes
+from lavis_lite.datasets.folder import Kind
+from lavis_lite.datasets.image_text import ImageTextDataset
+from lavis_lite.datasets.images import read_bytes
 from lavis_lite.datasets.order import ORDER, permuted, seed_of
-from lavis_lite.datasets.shard_rows import PICTURES, read_json
+from lavis_lite.datasets.shard_rows import read_json
 from lavis_lite.datasets.shards import in_processes, read_index, write_index
 from lavis_lite.datasets.tar_members import Address, read_member, sample_of, split_name
 
@@ -86,12 +87,12 @@ class Written(NamedTuple):
 def plan_of(dataset: Any, *, split: str, samples_per_shard: int, shuffle: int | None) -> Plan:
     """The plan for writing a dataset.
 
-    Raises ConfigError for a dataset whose pictures are no files.
+    Raises ConfigError for a dataset whose pictures or clips are no files.
     """
-    if not has_picture_files(dataset):
+    if not isinstance(dataset, ImageTextDataset):
         raise ConfigError(
-            f"dataset '{dataset.name}' ({type(dataset).__name__}) has no picture files to write; shards are made of "
-            "datasets of files and of local shards"
+            f"dataset '{dataset.name}' ({type(dataset).__name__}) has no files to write; shards are made of datasets "
+            "of files and of local shards"
         )
     tables = tuple(part.records.path.parent.name for part in dataset.parts)
     return Plan(dataset.name, split, len(dataset), tables, samples_per_shard, shuffle)
@@ -100,19 +101,21 @@ def plan_of(dataset: Any, *, split: str, samples_per_shard: int, shuffle: int | 
 def make_shards(dataset: ImageTextDataset, plan: Plan, out: Path, *, workers: int = 1) -> list[Written]:
     """Write the shards of a plan that aren't there yet, and then the folder's index.
 
-    Pictures are copied byte by byte; what is known of a row goes into its .json. The shards don't depend on `workers`.
+    Pictures and clips are copied byte by byte; what is known of a row goes into its .json. The shards don't depend on
+    `workers`.
 
     Raises ConfigError when the folder holds shards of another plan, DataError when a worker dies or another process
     writes there.
     """
     # Processors stay here: they aren't needed, and a user's own may not pickle.
     bare = ImageTextDataset(dataset.parts, vis_processor=_unused, text_processor=str, name=dataset.name)
+    write = partial(_write, bare, dataset.kind, plan, out)
     with _alone(out):
         _claim(plan, out)
         try:
             paths = [plan.path(out, number) for number in range(plan.shards)]
             there = {path.name for path in paths if path.is_file()}
-            shards = in_processes(partial(_write, bare, plan, out), range(plan.shards), workers)
+            shards = in_processes(write, range(plan.shards), workers)
             written = list(_told(shards, plan.shards, there))
         except BrokenProcessPool as error:
             raise DataError(
@@ -204,19 +207,23 @@ def _index(plan: Plan, written: Sequence[Written]) -> dict[str, Any]:
     }
 
 
-def _write(dataset: ImageTextDataset, plan: Plan, out: Path, number: int) -> Written:
+def _write(dataset: ImageTextDataset, kind: Kind, plan: Plan, out: Path, number: int) -> Written:
     """Write one shard and the index beside it, unless they are there."""
     shard = plan.path(out, number)
     failures: list[tuple[str, str]] = []
     if not shard.is_file():
-        _write_tar(dataset, plan.rows_of(number), shard, failures)
-    rows = read_index(shard)
-    samples = write_index(shard) if rows is None else len(rows)
+        _write_tar(dataset, kind, plan.rows_of(number), shard, failures)
+    rows = read_index(shard, kind)
+    samples = write_index(shard, kind) if rows is None else len(rows)
     return Written(shard.name, samples, shard.stat().st_size, file_digest(shard, "md5"), failures)
 
 
 def _write_tar(
-    dataset: ImageTextDataset, rows: Sequence[int], shard: Path, failures: list[tuple[str, str]]
+    dataset: ImageTextDataset,
+    kind: Kind,
+    rows: Sequence[int],
+    shard: Path,
+    failures: list[tuple[str, str]],
 ) -> None:
     import webdataset as wds
 
@@ -227,15 +234,15 @@ def _write_tar(
     ):
         for row in rows:
             try:
-                members = _members(dataset, row)
+                members = _members(dataset, kind, row)
             except UnreadableSample as error:
                 failures.append((error.path, error.reason))
                 continue
             writer.write({"__key__": f"{row:09}", **members})
 
 
-def _members(dataset: ImageTextDataset, row: int) -> dict[str, bytes]:
-    """The members of a row's sample; UnreadableSample for a row without captions, question or a picture's bytes."""
+def _members(dataset: ImageTextDataset, kind: Kind, row: int) -> dict[str, bytes]:
+    """The members of a row's sample; UnreadableSample for a row without captions, question or a file's bytes."""
     record, path = dataset.record(row), dataset.image_path(row)
     if record.problem is not None or not (record.captions or record.question):
         raise UnreadableSample(path, record.problem or "it has no caption")
@@ -246,16 +253,16 @@ def _members(dataset: ImageTextDataset, row: int) -> dict[str, bytes]:
     if record.question is not None:
         asked = asdict(record.question)
         about.update(question=asked.pop("text"), question_id=json.loads(asked.pop("id")), **asked)
-    others, told = _beside(dataset, row)
+    others, told = _beside(dataset, kind, row)
     # What is written of the row first, and in the place of fields with these names.
     fields = {**about, **told, **about}
-    return {**others, _extension(path): read_bytes(path), "json": json.dumps(fields).encode()}
+    return {**others, _extension(path, kind): read_bytes(path), "json": json.dumps(fields).encode()}
 
 
-def _beside(dataset: ImageTextDataset, row: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _beside(dataset: ImageTextDataset, kind: Kind, row: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     """What a row of a shard has there beside its picture: other members, and the fields of its .json.
 
-    Without other pictures, one of which would be taken for the row's own. Nothing for a row of files.
+    Without others of its kind, one of which would be taken for the row's own. Nothing for a row of files.
     """
     address = Address.parse(dataset.image_path(row))
     if address is None:
@@ -267,18 +274,18 @@ def _beside(dataset: ImageTextDataset, row: int) -> tuple[dict[str, bytes], dict
     others = {
         extension: read_member(member)
         for extension, member in sample.members.items()
-        if member.offset != address.offset and extension not in PICTURES
+        if member.offset != address.offset and f".{extension}" not in kind.suffixes
     }
     told = others.pop("json", None)
     return others, {} if told is None else read_json(told, str(address))
 
 
-def _extension(path: str) -> str:
-    """A picture's extension; what a file is called that has none of a picture's says nothing of its content."""
+def _extension(path: str, kind: Kind) -> str:
+    """A file's extension; what it is called that has none of its kind says nothing of its content."""
     address = Address.parse(path)
     named = split_name(address.name if address else path)
     suffix = Path(f"x.{named[1]}").suffix if named else ""
-    return suffix.lstrip(".") if suffix in SUFFIXES else "jpg"
+    return (suffix if suffix in kind.suffixes else kind.suffixes[0]).lstrip(".")
 
 
 def _unused(image: Image.Image) -> Tensor:

@@ -25,6 +25,7 @@ import pyarrow as pa
 from lavis_lite.common.device import available_cores
 from lavis_lite.common.io import atomic_file
 from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.folder import PICTURES, Kind
 from lavis_lite.datasets.readers import Row
 from lavis_lite.datasets.records import LAYOUT, RecordTable, Source, write_table
 from lavis_lite.datasets.shard_rows import SampleForm
@@ -86,7 +87,7 @@ def rows_of_shards(shards: Sequence[Path], form: SampleForm) -> Iterator[list[Ro
 
 def rows_of_shard(shard: Path, *, form: SampleForm) -> list[Row]:
     """The rows of one shard; see `rows_of_shards`."""
-    indexed = read_index(shard) if form == SampleForm() else None
+    indexed = read_index(shard, form.kind) if form == SampleForm(kind=form.kind) else None
     return scan_shard(shard, form) if indexed is None else indexed
 
 
@@ -102,7 +103,7 @@ def scan_shard(shard: Path, form: SampleForm) -> list[Row]:
 
 
 def _row(shard: Path, sample: Sample, form: SampleForm) -> Row:
-    extension = form.picture(sample.members) or next(iter(sample.members))
+    extension = form.shown(sample.members) or next(iter(sample.members))
     address = sample.members[extension]
     return form.row(
         str(address._replace(tar=shard.name)),
@@ -117,25 +118,28 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(INDEX_SUFFIX)
 
 
-def write_index(shard: Path) -> int:
+def write_index(shard: Path, kind: Kind = PICTURES) -> int:
     """Write the index of a complete shard beside it: its rows as a table; returns how many."""
     with atomic_file(index_path(shard)) as temporary:
-        return write_table(scan_shard(shard, SampleForm()), temporary, metadata=_state(shard))
+        return write_table(scan_shard(shard, SampleForm(kind=kind)), temporary, metadata=_state(shard, kind))
 
 
-def read_index(shard: Path) -> list[Row] | None:
-    """The rows that a shard's index has; None where there is none that belongs to this file."""
+def read_index(shard: Path, kind: Kind = PICTURES) -> list[Row] | None:
+    """The rows that a shard's index has; None where there is none that belongs to this file and kind."""
     try:
         table = RecordTable(index_path(shard))
     except (OSError, pa.ArrowInvalid, KeyError):
         return None
-    if table.metadata != _state(shard):
+    if table.metadata != _state(shard, kind):
         return None
     return [Row(*table[number]) for number in range(len(table))]
 
 
-def _state(shard: Path) -> dict[str, str]:
-    """What tells a shard from another: its size and a hash of both ends, not its time, which copying changes."""
+def _state(shard: Path, kind: Kind) -> dict[str, str]:
+    """What tells an index from that of another shard or of other members.
+
+    Of a shard its size and a hash of both ends, not its time, which copying changes.
+    """
     size = shard.stat().st_size
     with shard.open("rb") as file:
         ends = file.read(END_BYTES)
@@ -143,6 +147,7 @@ def _state(shard: Path) -> dict[str, str]:
         ends += file.read()
     return {
         "layout": str(LAYOUT),
+        "kind": kind.name,
         "bytes": str(size),
         "ends": hashlib.blake2b(ends, digest_size=16).hexdigest(),
     }

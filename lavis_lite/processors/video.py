@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,9 @@ Sampling = Literal["uniform", "random", "headtail"]
 SAMPLINGS: tuple[Sampling, ...] = ("uniform", "random", "headtail")
 PathLike = str | os.PathLike[str]
 # Of files that a folder of clips is searched for.
-SUFFIXES = frozenset(
-    {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
-)
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+# Bytes at the beginning of a clip's file.
+HEAD = 4096
 
 
 class UnreadableClip(Exception):
@@ -35,7 +35,9 @@ class UnreadableClip(Exception):
 
 @registry.register_processor("video")
 class VideoProcessor:
-    """A clip's file to float32[F, 3, H, W]; all frames get the same crop, mirroring and change of light.
+    """A clip to float32[F, 3, H, W]; all frames get the same crop, mirroring and change of light.
+
+    A clip is its path, or what is in its file (io.BytesIO).
 
     Args:
         num_frames: F.
@@ -76,7 +78,7 @@ class VideoProcessor:
         processor.frames = frames
         return processor
 
-    def __call__(self, clip: PathLike) -> Tensor:
+    def __call__(self, clip: PathLike | io.BytesIO) -> Tensor:
         return self.process(read_frames(clip, self.num_frames, self.sampling))
 
     def process(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -89,29 +91,45 @@ class VideoProcessor:
         return torch.stack(processed)
 
 
-def read_frames(clip: PathLike, count: int, sampling: Sampling = "uniform") -> list[Image.Image]:
+def read_frames(clip: PathLike | io.BytesIO, count: int, sampling: Sampling = "uniform") -> list[Image.Image]:
     """`count` frames of a clip in RGB, in their order in time; only these are decoded.
+
+    clip: a path, or what is in a clip's file.
 
     Raises UnreadableClip: no file, no video stream, broken content, no frame.
     """
     decord = _decord()
-    path = Path(clip)
+    name = "a clip in memory" if isinstance(clip, io.BytesIO) else os.fspath(clip)
     try:
-        if path.stat().st_size == 0:
-            raise UnreadableClip(clip, "the file is empty")
-        reader = decord.VideoReader(os.fspath(clip), num_threads=1)
+        reader = decord.VideoReader(_checked(clip), num_threads=1)
         total = len(reader)
         if total == 0:
-            raise UnreadableClip(clip, "it has no frames")
+            raise UnreadableClip(name, "it has no frames")
         numbers = frame_numbers(total, count, sampling)
         decoded = sorted(set(numbers))
         pixels = reader.get_batch(decoded).asnumpy()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnreadableClip(name, "no such file") from error
     except OSError as error:
-        raise UnreadableClip(clip, "no such file" if not path.exists() else str(error.strerror)) from error
+        raise UnreadableClip(name, str(error.strerror)) from error
     except (RuntimeError, decord.DECORDError) as error:
-        raise UnreadableClip(clip, "not a clip that can be decoded") from error
+        raise UnreadableClip(name, "not a clip that can be decoded") from error
     frames = {number: Image.fromarray(frame) for number, frame in zip(decoded, pixels, strict=True)}
     return [frames[number] for number in numbers]
+
+
+def _checked(clip: PathLike | io.BytesIO) -> str | io.BytesIO:
+    """What decord opens; raises UnreadableClip for what is empty or text, OSError for a file that can't be read."""
+    if not isinstance(clip, io.BytesIO):
+        if os.stat(clip).st_size == 0:
+            raise UnreadableClip(clip, "the file is empty")
+        return os.fspath(clip)
+    content = clip.getvalue()
+    # decord prints what it can't open up to the first zero, which containers have soon and a page of text never.
+    if b"\0" not in content[:HEAD]:
+        reason = "not a clip that can be decoded" if content else "the file is empty"
+        raise UnreadableClip("a clip in memory", reason)
+    return io.BytesIO(content)  # read from its beginning, wherever the caller is
 
 
 def frame_numbers(total: int, count: int, sampling: Sampling = "uniform") -> list[int]:

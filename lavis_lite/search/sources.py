@@ -49,7 +49,7 @@ def list_pictures(source: str | os.PathLike[str]) -> Iterator[str]:
         empty = False
         yield name
     if empty:
-        raise DataError(f"--images '{source}': there are no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"--images '{source}': there are no pictures ({', '.join(SUFFIXES)})")
 
 
 def short_name(name: str) -> str:
@@ -70,7 +70,7 @@ def _of_tar(shard: str) -> Iterator[str]:
     try:
         for sample in samples_of(Path(shard)):
             for extension, member in sample.members.items():
-                if f".{extension}".endswith(tuple(SUFFIXES)):
+                if f".{extension}".endswith(SUFFIXES):
                     yield str(member)
     except UnreadableSample as error:
         logger.warning("%s: %s; the pictures before that are used", error.path, error.reason)

@@ -26,6 +26,8 @@ class ShapesVideoBuilder:
         limit: only so many rows of each split, for trials.
     """
 
+    adapt_preprocess = staticmethod(VideoTextBuilder.adapt_preprocess)
+
     def __init__(
         self,
         *,
