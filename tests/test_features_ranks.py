@@ -118,3 +118,15 @@ def test_a_killed_build_goes_on_and_ranks_share_the_work(
     monkeypatch.setattr(feature_store, "SHARD_BYTES", PICTURE_BYTES)
     main(["features", "build", "--cfg-path", path])
     assert {file.name: file.read_bytes() for file in files(tmp_path)} == built
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    path = project(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start([*launch, "--max-restarts=1", *BUILD[1:], str(path)])
+    _, err = process.communicate(timeout=240.0)
+    assert process.returncode == 1, err[-3000:]
+    said = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "no annotation file" in said[0], err[-3000:]

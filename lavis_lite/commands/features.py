@@ -25,20 +25,24 @@ def features_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite 
     )
     add_run_arguments(build)
     args = parser.parse_args(argv)
-    with one_line_errors(debug=args.debug):
+    from lavis_lite.common import dist
+
+    with dist.ending_process(), one_line_errors(debug=args.debug):
         _build(read_config(args))
 
 
 def _build(config: Config) -> None:
     from lavis_lite.common import dist
+    from lavis_lite.runners.faults import speaking_once
     from lavis_lite.runners.features import check_encoder, prepare
     from lavis_lite.runners.setup import build_base, encoder_placed
 
     check_encoder(config)
     dist.init(config.run.timeout)
-    base = build_base(config, model_cfg=config.model, placed=False)
-    with encoder_placed(base) as encoder:
-        stored = prepare(config, base.datasets, encoder)
+    with speaking_once(lambda: "storing features; the same command goes on"):
+        base = build_base(config, model_cfg=config.model, placed=False)
+        with encoder_placed(base) as encoder:
+            stored = prepare(config, base.datasets, encoder)
     for one, store in stored:
         if dist.is_main():
             print(f"features of {one.label}: {store} in {store.folder}")
