@@ -2,19 +2,26 @@
 
     python benchmarks/shards.py [--images FOLDER] [--workers 1 2] [--json result.json]
 
-The same pictures and captions as files, as shards read at random, and as shards read in a stream, through the training
-loader; the sides take turns. Rates are images per second of wall time; the parts are processor time of one process. The
-files are in the system's cache: what a disk adds is not measured. Without a folder photograph-like files are made.
+The same pictures and captions as files, as shards read at random, as shards read in a stream, and as such a stream
+from a server on this machine (`http`), through the training loader; the sides take turns. Rates are images per second
+of wall time; the parts are processor time of one process. The files are in the system's cache: what a disk adds is
+not measured, and neither is a network's distance. Without a folder photograph-like files are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +36,53 @@ from lavis_lite.datasets.order import AUGMENT, seed_of
 from lavis_lite.datasets.shard_writer import make_shards, plan_of
 
 
-def make_sides(files: ImageTextDataset, work: Path, shards: int, image_size: int) -> dict[str, Any]:
-    """The dataset of files, and the same as shards in both ways of reading them."""
-    plan = plan_of(files, split="train", samples_per_shard=-(-len(files) // shards), shuffle=0)
-    make_shards(files, plan, work / "shards")
-    train = {"shards": f"{work}/shards/*.tar"}
-    stream = {"stream": True, "samples": len(files), "shuffle": max(1, len(files) // shards)}
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which a folder's files are served meanwhile, by a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(folder),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def make_sides(
+    files: ImageTextDataset, shards: Path, number: int, address: str, image_size: int
+) -> dict[str, Any]:
+    """The dataset of files, and the same as shards in all ways of reading them."""
+    plan = plan_of(files, split="train", samples_per_shard=-(-len(files) // number), shuffle=0)
+    make_shards(files, plan, shards)
+    train = {"shards": f"{shards}/*.tar"}
+    stream = {"stream": True, "samples": len(files), "shuffle": max(1, len(files) // number)}
+    remote = {"shards": f"{address}/{{00000..{plan.shards - 1:05}}}.tar"}
     processor = {"train": {"name": "blip2_image_train", "image_size": image_size}}
     common = {"builder": "shards", "vis_processor": processor}
     built = build_datasets(
-        {"shards": {**common, "train": train}, "stream": {**common, "train": {**train, **stream}}}
+        {
+            "shards": {**common, "train": train},
+            "stream": {**common, "train": {**train, **stream}},
+            "http": {**common, "train": {**stream, **remote}},
+        }
     )
-    return {"files": files, "shards": built["shards"]["train"], "stream": built["stream"]["train"]}
+    return {"files": files, **{name: splits["train"] for name, splits in built.items()}}
 
 
 def parts_of(sides: dict[str, Any], count: int) -> dict[str, float]:
@@ -104,9 +146,12 @@ def main(argv: list[str] | None = None) -> None:
             images.mkdir()
             make_photographs(images, arguments.count)
         files = make_dataset(images.resolve(), work, arguments.image_size)
-        sides = make_sides(files, work, arguments.shards, arguments.image_size)
-        count = min(len(files), 100)
-        result = {"ms_per_image": parts_of(sides, count), "rates": rates_of(sides, arguments)}
+        shards = work / "shards"
+        shards.mkdir()
+        with served(shards) as address:
+            sides = make_sides(files, shards, arguments.shards, address, arguments.image_size)
+            count = min(len(files), 100)
+            result = {"ms_per_image": parts_of(sides, count), "rates": rates_of(sides, arguments)}
         size = sum(os.path.getsize(files.image_path(row)) for row in range(count)) / count / 1024
     show(
         {**result, "mean_file_kb": size, "image_size": arguments.image_size, **surroundings()}, arguments.json

@@ -89,7 +89,7 @@ def test_shards_are_measured_against_files(monkeypatch: pytest.MonkeyPatch, tmp_
     small = ["--count", "6", "--shards", "2", "--workers", "1", "--batch-size", "2", "--rounds", "1"]
     importlib.import_module("shards").main([*small, "--seconds", "0.1", "--json", str(result)])
     measured = json.loads(result.read_text())
-    assert len(measured["rates"]) == 4 and min(measured["ms_per_image"].values()) > 0
+    assert len(measured["rates"]) == 5 and min(measured["ms_per_image"].values()) > 0
 
 
 @pytest.mark.slow
