@@ -29,7 +29,7 @@ from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.feature_store import FeatureStore, Layout, StoredViews
 from lavis_lite.datasets.image_text import ImageTextDataset
 from lavis_lite.datasets.order import CHOICE, seed_of
-from lavis_lite.datasets.pictures import Pictures, ViewReader
+from lavis_lite.datasets.pictures import Pictures, ViewReader, joined_contents
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.processors import build_processor
@@ -135,19 +135,23 @@ def test_a_view_is_a_function_of_seed_picture_and_number(tmp_path: Path) -> None
     assert not torch.equal(pictures.views(4, count=4, seed=0), four)
 
 
+def contents_of(pictures: Pictures, numbers: range) -> str:
+    return joined_contents(pictures.content(number) for number in numbers)
+
+
 def test_what_files_are_is_told_in_parts(tmp_path: Path) -> None:
     make_jsonl(tmp_path, 6)
     pictures, own = Pictures(dataset(tmp_path)), range(3, 6)
-    before, contents, others = pictures.files(own), pictures.contents(own), pictures.files(range(0, 3))
+    before, contents, others = pictures.files(own), contents_of(pictures, own), pictures.files(range(0, 3))
     changed, path = [], tmp_path / "images" / "4.jpg"
     os.utime(path, (5, 5))
-    changed.append((pictures.files(own), pictures.contents(own)))
+    changed.append((pictures.files(own), contents_of(pictures, own)))
     path.write_bytes(bytes(reversed(path.read_bytes())))
-    changed.append((pictures.files(own), pictures.contents(own)))
+    changed.append((pictures.files(own), contents_of(pictures, own)))
     path.write_bytes(b"longer" + path.read_bytes())
-    changed.append((pictures.files(own), pictures.contents(own)))
+    changed.append((pictures.files(own), contents_of(pictures, own)))
     path.unlink()
-    changed.append((pictures.files(own), pictures.contents(own)))
+    changed.append((pictures.files(own), contents_of(pictures, own)))
     assert [files.times == before.times for files, _ in changed] == [False] * 4
     assert [files.state == before.state for files, _ in changed] == [True, True, False, False]
     assert [found == contents for _, found in changed] == [True, False, False, False]
@@ -158,11 +162,11 @@ def test_files_of_shards_are_told_by_member(tmp_path: Path) -> None:
     write_shards(tmp_path, 1, 3)
     built = build_datasets({"own": {"builder": "shards", "train": {"shards": f"{tmp_path}/00000.tar"}}})
     pictures, own = Pictures(built["own"]["train"]), range(0, 3)
-    before, contents = pictures.files(own), pictures.contents(own)
+    before, contents = pictures.files(own), contents_of(pictures, own)
     os.utime(tmp_path / "00000.tar", (5, 5))
     after = pictures.files(own)
     assert after.state == before.state and after.times != before.times
-    assert pictures.contents(own) == contents
+    assert contents_of(pictures, own) == contents
 
 
 def test_an_unreadable_picture_is_told_with_its_reason(tmp_path: Path) -> None:
@@ -174,6 +178,24 @@ def test_an_unreadable_picture_is_told_with_its_reason(tmp_path: Path) -> None:
     pictures = Pictures(dataset(tmp_path))
     assert viewed.contents == [pictures.content(0), None, pictures.content(2)]
     assert ViewReader(pictures, count=2, seed=0)[[1]].views is None
+
+
+def test_a_pictures_file_is_read_once_for_its_content_and_its_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that can be read now and not a moment later is either encoded or one to be tried again."""
+    make_jsonl(tmp_path, 2)
+    read: list[str] = []
+
+    def once(path: str) -> bytes:
+        read.append(path)
+        if read.count(path) > 1:
+            raise UnreadableSample(path, "Stale file handle")
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr("lavis_lite.datasets.pictures.read_bytes", once)
+    viewed = ViewReader(Pictures(dataset(tmp_path)), count=2, seed=0)[[0, 1]]
+    assert viewed.numbers == [0, 1] and not viewed.failures and None not in viewed.contents
 
 
 # The files
@@ -192,7 +214,7 @@ def filled(folder: Path, pictures: Pictures, precision: Any = "int8") -> tuple[F
             shard,
             ImageFeatures(features.values[part].contiguous(), scale),
             {1: "broken"} if not shard else {},
-            pictures.contents(own),
+            contents_of(pictures, own),
         )
     return store, features
 

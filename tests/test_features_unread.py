@@ -39,8 +39,7 @@ def disk_error(*names: str) -> Iterator[list[str]]:
         return reader
 
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("read_bytes", "read_image"):
-            patched.setattr(pictures, name, failing(getattr(pictures, name)))
+        patched.setattr(pictures, "read_bytes", failing(pictures.read_bytes))
         yield tried
 
 

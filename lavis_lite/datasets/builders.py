@@ -152,7 +152,10 @@ class ImageTextBuilder:
         A clip's frames are pictures: the default processor of clips gets that of pictures as its `frames`. Of rows that
         aren't captions the default processor stays.
         """
-        fits = {"vis_processor": (_of_frames, cls.default_vis), "text_processor": (_of_texts, cls.default_text)}
+        fits = {
+            "vis_processor": (_of_frames, cls.default_vis),
+            "text_processor": (_of_texts, cls.default_text),
+        }
         adapted = dict(preprocess)
         for kind, (fit, defaults) in fits.items():
             if preprocess.get(kind):

@@ -51,8 +51,12 @@ def read_bytes(path: str) -> bytes:
         return read_member(address)
     try:
         content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UnreadableSample(path, "no such file") from error
     except OSError as error:
         raise UnreadableSample(path, error.strerror or "can't be read") from error
+    except ValueError as error:  # no path at all
+        raise UnreadableSample(path, str(error)) from error
     if not content:
         raise UnreadableSample(path, "the file is empty")
     return content

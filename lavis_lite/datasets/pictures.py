@@ -6,10 +6,10 @@ Several rows may show one picture (questions about it, its captions one by one);
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,12 +24,9 @@ from torch.utils.data import Dataset
 from lavis_lite.common.fingerprint import digest
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.image_text import ImageTextDataset, seeded
-from lavis_lite.datasets.images import read_bytes, read_image
+from lavis_lite.datasets.images import decode_image, read_bytes
 from lavis_lite.datasets.order import VIEW, seed_of
 from lavis_lite.datasets.tar_members import Address
-
-# Files that are read at once to compare their contents.
-READERS = 8
 
 
 class Files(NamedTuple):
@@ -74,14 +71,20 @@ class Pictures:
         part, name = self._place(number)
         return os.path.join(self.dataset.parts[part].images, name)
 
-    def views(self, number: int, *, count: int, seed: int) -> Tensor:
+    def read(self, number: int) -> bytes:
+        """What is in a picture's file; raises UnreadableSample."""
+        return read_bytes(self.path(number))
+
+    def views(self, number: int, *, count: int, seed: int, file: bytes | None = None) -> Tensor:
         """Views 0..count-1 of a picture, float32[count, 3, H, W], as the dataset's image processor makes them.
 
         View v is a function of (seed, the dataset's name, the picture's path below its folder, v) alone. Raises
         UnreadableSample.
+
+        file: what `read` gave, where it has been called.
         """
         part, name = self._place(number)
-        picture = read_image(self.path(number))
+        picture = decode_image(io.BytesIO(self.read(number) if file is None else file), self.path(number))
         own = seed_of(VIEW, seed, *self.dataset.name.encode(), part, *name.encode("utf-8", "surrogatepass"))
         tensors = []
         for view in range(count):
@@ -109,18 +112,17 @@ class Pictures:
     def content(self, number: int) -> str | None:
         """A text that changes with any bit of a picture's file; None for one that can't be read."""
         try:
-            return hashlib.sha256(read_bytes(self.path(number))).hexdigest()[:32]
-        except (UnreadableSample, ValueError):
+            return _content(self.read(number))
+        except UnreadableSample:
             return None
-
-    def contents(self, numbers: range) -> str:
-        """`joined_contents` of these pictures, whose files are read for it."""
-        with ThreadPoolExecutor(READERS) as pool:
-            return joined_contents(pool.map(self.content, numbers))
 
     def _place(self, number: int) -> tuple[int, str]:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return part, self._names[part][number - self._starts[part]].as_py() or ""
+
+
+def _content(file: bytes) -> str:
+    return hashlib.sha256(file).hexdigest()[:32]
 
 
 def joined_contents(contents: Iterable[str | None]) -> str:
@@ -150,11 +152,13 @@ class ViewReader(Dataset[Viewed]):
     def __getitem__(self, numbers: Sequence[int]) -> Viewed:
         good, views, failures, contents = [], [], [], []
         for number in numbers:
-            # Before the views: a file that changes between the two must not pass for the one that was encoded.
-            contents.append(self.pictures.content(number))
+            content = None
             try:
-                views.append(self.pictures.views(number, count=self.count, seed=self.seed))
+                file = self.pictures.read(number)
+                content = _content(file)
+                views.append(self.pictures.views(number, count=self.count, seed=self.seed, file=file))
                 good.append(number)
             except UnreadableSample as error:
                 failures.append((number, error.path, error.reason))
+            contents.append(content)
         return Viewed(good, torch.cat(views) if views else None, failures, contents)

@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
 from lavis_lite.datasets.feature_store import FeatureStore
-from lavis_lite.datasets.pictures import READERS, Pictures, joined_contents
+from lavis_lite.datasets.pictures import Pictures, joined_contents
 
 logger = get_logger(__name__)
 
 # {file: [contents of its pictures, their times when they had these, the numbers of those that couldn't be read]}
 TIMES = "times.json"
+# Pictures that are read at once to compare their contents.
+READERS = 8
 LINE_SECONDS = 10.0
 
 
