@@ -17,11 +17,12 @@ from lavis_lite.api import load_model_and_preprocess
 from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.logging import console, get_logger
+from lavis_lite.common.model_recipe import is_run, model_recipe
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
 from lavis_lite.processors.text import BlipCaption, BlipQuestion
+from lavis_lite.processors.video import NUM_FRAMES, UnreadableClip, VideoProcessor
 from lavis_lite.processors.video import SUFFIXES as CLIP_SUFFIXES
-from lavis_lite.processors.video import UnreadableClip, VideoProcessor
 from lavis_lite.tasks.answers import answers_of, read_answer_list
 
 logger = get_logger(__name__)
@@ -29,6 +30,10 @@ logger = get_logger(__name__)
 # A speaker and {"image": [B, 3, H, W]} or {"video": [B, F, 3, H, W]} -> what to write of each file: one row or several.
 Row: TypeAlias = dict[str, Any]
 Say = Callable[["Speaker", dict[str, torch.Tensor]], list[list[Row]]]
+
+
+# Of a clip, for a model that no run on clips has trained.
+FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,12 @@ def answer_files(
         return rows
 
     return _write_lines(model, images, place, say, needs="predict_answers")
+
+
+def default_frames(model: str) -> int:
+    """How many frames of a clip a model is shown where nobody says: as in its run's evaluation, else 4."""
+    video = model_recipe(model).video if is_run(model) else {}
+    return int(video.get("num_frames", NUM_FRAMES)) if video else FRAMES
 
 
 def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:

@@ -19,7 +19,7 @@ from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
 from lavis_lite.datasets.image_text import has_picture_files
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
-from lavis_lite.generate import Place, answer_files
+from lavis_lite.generate import Place, answer_files, default_frames
 from lavis_lite.runners.runner import Runner
 
 FRAMES = {"name": "blip_image_eval", "image_size": 8}
@@ -374,6 +374,7 @@ def test_ones_own_clips_train_a_model_of_a_preset_and_the_run_answers(tmp_path: 
     section = {
         "builder": "video_vqa",
         "root": str(tmp_path),
+        "vis_processor": {"eval": {"num_frames": 3}},
         "train": {**OWN_CLIPS["train"], "images": "clips"},
     }
     short = [
@@ -386,6 +387,7 @@ def test_ones_own_clips_train_a_model_of_a_preset_and_the_run_answers(tmp_path: 
     assert Runner(load_config(project(tmp_path, {"own": section}), short)).train().finished
     image = tmp_path / "picture.png"
     Image.new("RGB", (64, 64)).save(image)
+    assert default_frames(str(tmp_path / "run")) == 3 and default_frames("blip2_opt/video_shapes") == 4
     for paths, frames in (([str(tmp_path / "clips")], 3), ([str(image)], None)):
         place = Place(out=str(tmp_path / "said.jsonl"), num_frames=frames)
         assert answer_files(str(tmp_path / "run"), paths, ["what?"], place) == 0

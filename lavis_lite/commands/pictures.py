@@ -88,7 +88,12 @@ def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", nargs="+", metavar="FILE", dest="images", help="pictures, or folders of them"
     )
     files.add_argument("--video", nargs="+", metavar="FILE", dest="clips", help="clips, or folders of them")
-    parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="of each clip, evenly; 4")
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        metavar="N",
+        help="of each clip, evenly; as a run's evaluation, by default, and 4 with other models",
+    )
     parser.add_argument("--out", metavar="FILE", help="where to write the lines; by default they are printed")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -97,14 +102,15 @@ def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _take_picture_arguments(arguments: dict[str, Any]) -> tuple[str, list[str], Place]:
     """Model, pictures and place, taken out of the arguments, so that only the command's own are left."""
-    from lavis_lite.generate import Place
+    from lavis_lite.generate import Place, default_frames
 
+    model = arguments.pop("model")
     images, clips, frames = (arguments.pop(name) for name in ("images", "clips", "num_frames"))
     place = Place(
         **{name: arguments.pop(name) for name in ("out", "checkpoint", "device", "batch_size")},
-        num_frames=frames if clips else None,
+        num_frames=(default_frames(model) if frames is None else frames) if clips else None,
     )
-    return arguments.pop("model"), clips or images, place
+    return model, clips or images, place
 
 
 def _tell_unreadable(number: int) -> None:

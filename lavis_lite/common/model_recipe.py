@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ CONFIG_FILE = "config.yaml"  # what a run leaves in its folder
 @dataclass(frozen=True)
 class ModelRecipe:
     """model: a `model` section with `arch`, and with `pretrained` where weights are known. preprocess: the sections
-    `vis_processor`, of pictures or of frames, and `text_processor`."""
+    `vis_processor`, of pictures or of frames, and `text_processor`. video: the processor of clips in the evaluation of
+    a run on clips, with its `name`; empty for others."""
 
     model: Mapping[str, Any]
     preprocess: Mapping[str, Any]
+    video: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arch(self) -> str:
@@ -80,14 +82,12 @@ def _of_run(folder: Path, checkpoint: str | Path | None) -> ModelRecipe:
         raise ConfigError(f"'{folder / CONFIG_FILE}' is not of a run: it has no model.arch, or no datasets")
     first: Mapping[str, Any] = next(iter(datasets.values())) or {}
     preprocess = {kind: first[kind] for kind in ("vis_processor", "text_processor") if first.get(kind)}
-    if "vis_processor" in preprocess:
-        preprocess["vis_processor"] = {
-            split: _of_frames(processor) for split, processor in preprocess["vis_processor"].items()
-        }
-    return ModelRecipe({**model, "pretrained": str(checkpoint or folder)}, preprocess)
-
-
-def _of_frames(processor: Any) -> Any:
-    """The processor of a clip's frames, where a run's is of clips; it is that of pictures, too."""
-    of_clips = isinstance(processor, Mapping) and processor.get("name") == "video"
-    return processor.get("frames", processor) if of_clips else processor
+    own = preprocess.get("vis_processor", {})
+    clips = {
+        split: one for split, one in own.items() if isinstance(one, Mapping) and one.get("name") == "video"
+    }
+    if clips:
+        # That of a clip's frames is that of pictures, too.
+        frames = {split: one["frames"] for split, one in clips.items() if "frames" in one}
+        preprocess["vis_processor"] = {**own, **frames}
+    return ModelRecipe({**model, "pretrained": str(checkpoint or folder)}, preprocess, clips.get("eval", {}))

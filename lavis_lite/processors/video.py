@@ -21,6 +21,7 @@ SAMPLINGS: tuple[Sampling, ...] = ("uniform", "random", "headtail")
 PathLike = str | os.PathLike[str]
 # Of files that a folder of clips is searched for.
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+NUM_FRAMES = 8
 # Bytes at the beginning of a clip's file.
 HEAD = 4096
 
@@ -52,7 +53,7 @@ class VideoProcessor:
 
     def __init__(
         self,
-        num_frames: int = 8,
+        num_frames: int = NUM_FRAMES,
         *,
         sampling: Sampling = "uniform",
         frames: Mapping[str, Any] | None = None,
