@@ -188,7 +188,12 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path: Path, monkeypatch: 
     runner.train()
     folder = tmp_path / "run" / "checkpoints"
     assert [step for step, _ in ckpt.list_checkpoints(folder)] == [2, 6]
-    assert ckpt.load_state(folder / "step_000006")["best"] == {"metric": "val/loss", "value": 0.2, "step": 2}
+    assert ckpt.load_state(folder / "step_000006")["best"] == {
+        "metric": "val/loss",
+        "mode": "min",
+        "value": 0.2,
+        "step": 2,
+    }
     assert ckpt.best_or_newest(tmp_path / "run") == folder / "step_000002"
     assert evaluations == [False] * 5 + [True]
     monkeypatch.undo()

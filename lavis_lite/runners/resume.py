@@ -17,7 +17,7 @@ from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.logging import get_logger
-from lavis_lite.common.model_recipe import CONFIG_FILE
+from lavis_lite.common.model_recipe import CONFIG_FILE, enclosing_run
 from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
@@ -25,8 +25,8 @@ LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
 FIXED_SECTIONS = ("model", "datasets", "task")
 FIXED_RUN_KEYS = ("seed", "train_split", "batch_size_train", "accum_grad_iters")
-# Of run.features, where the run reads stored features.
-FIXED_FEATURE_KEYS = ("views", "precision", "seed")
+# Where the run reads stored features.
+FIXED_FEATURE_KEYS = ("features.views", "features.precision", "features.seed")
 # What changes neither weights nor results, so a finished run stays finished.
 FREE_RUN_KEYS = (
     "resume",
@@ -41,9 +41,9 @@ FREE_RUN_KEYS = (
     "save_async",
     "timeout",
     "allow_changed_data",
+    "features.folder",
+    "features.max_bytes",
 )
-
-RUN_DEFAULTS = asdict(RunConfig())
 
 logger = get_logger(__name__)
 
@@ -89,20 +89,20 @@ def find_start(cfg: Config) -> StartPoint:
 
 
 def _continue(cfg: Config, checkpoint: Path) -> StartPoint:
-    saved_file = Path(cfg.run.output_dir) / CONFIG_FILE
-    saved = read_yaml(saved_file) if saved_file.is_file() else {}
-    changed = differing_keys(_fixed(saved), _fixed(cfg.to_dict())) if saved else []
+    saved = _saved_config(Path(cfg.run.output_dir))
+    changed = _changed(saved, cfg)
     if changed:
         raise ConfigError(
             f"'{cfg.run.output_dir}' holds a run that differs in {', '.join(changed)}; use another folder "
             "with run.output_dir=<folder>, or start anew here with run.resume=never (the old run is kept)"
         )
-    for key in differing_keys(saved.get("run", {}), cfg.to_dict()["run"]):
+    before, now = _leaves(saved.get("run")), _leaves(cfg.to_dict()["run"])
+    for key in differing_keys(before, now) if saved else []:
         if key not in FREE_RUN_KEYS:
-            logger.info(
-                "run.%s is now %s (was %s)", key, cfg.to_dict()["run"][key], saved.get("run", {}).get(key)
-            )
-    return StartPoint(checkpoint, TrainState.from_dict(ckpt.load_state(checkpoint)))
+            logger.info("run.%s is now %s (was %s)", key, now.get(key, "unset"), before.get(key, "unset"))
+    state = _state_of(checkpoint)
+    _forget_other_best(cfg, state)
+    return StartPoint(checkpoint, state)
 
 
 def _start_from(cfg: Config, path: Path, last: Path | None) -> StartPoint:
@@ -114,8 +114,9 @@ def _start_from(cfg: Config, path: Path, last: Path | None) -> StartPoint:
             f"run.resume: '{path}' is no checkpoint folder ({ckpt.STATE} with {ckpt.MODEL} or {ckpt.PARTS}); "
             "to begin with its weights alone set model.pretrained"
         )
-    state = TrainState.from_dict(ckpt.load_state(checkpoint))
+    state = _state_of(checkpoint)
     state.started_from = str(path)
+    _warn_of_other_run(cfg, checkpoint)
     run_dir = Path(cfg.run.output_dir)
     if checkpoint.parent == (run_dir / ckpt.FOLDER).resolve():
         newer = [p for step, p in ckpt.list_checkpoints(checkpoint.parent) if step > state.step]
@@ -126,7 +127,46 @@ def _start_from(cfg: Config, path: Path, last: Path | None) -> StartPoint:
         if last is not None:
             _set_aside(run_dir, [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, ckpt.FOLDER])
         state.best = None  # it lies in the other folder
+    _forget_other_best(cfg, state)
     return StartPoint(checkpoint, state)
+
+
+def _state_of(checkpoint: Path) -> TrainState:
+    """The state of a checkpoint; CheckpointError for one that isn't as this version understands it."""
+    content = ckpt.load_state(checkpoint)
+    try:
+        return TrainState.from_dict(content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{checkpoint / ckpt.STATE}' is not as training writes it ({error}); begin with the checkpoint's weights "
+            "by model.pretrained, or continue an earlier one by run.resume"
+        ) from error
+
+
+def _forget_other_best(cfg: Config, state: TrainState) -> None:
+    """A best by another metric says nothing about what comes now."""
+    run, best = cfg.run, state.best
+    if best is None or run.best_metric is None:
+        return
+    # Older checkpoints don't tell the mode.
+    if (best["metric"], best.get("mode", run.best_mode)) != (run.best_metric, run.best_mode):
+        logger.info(
+            "step %s was the best by %s; which is the best by %s is found out from now on",
+            *(best["step"], best["metric"], run.best_metric),
+        )
+        state.best = None
+
+
+def _warn_of_other_run(cfg: Config, checkpoint: Path) -> None:
+    """Say in what a run differs whose checkpoint `run.resume` names: that is its user's business."""
+    folder = enclosing_run(checkpoint)
+    changed = _changed(_saved_config(folder), cfg) if folder is not None else []
+    if changed:
+        logger.warning(
+            "run.resume: the run in '%s' differs in %s; its optimiser, step and place in the data are taken over "
+            "all the same (model.pretrained takes weights alone)",
+            *(folder, ", ".join(changed)),
+        )
 
 
 def _set_aside(run_dir: Path, names: list[str]) -> None:
@@ -144,14 +184,33 @@ def _set_aside(run_dir: Path, names: list[str]) -> None:
     logger.info("moved %s of an earlier run to %s", ", ".join(present), target)
 
 
+def _saved_config(run_dir: Path) -> dict[str, Any]:
+    """What a run's folder says that it was; empty where it says nothing."""
+    file = run_dir / CONFIG_FILE
+    return read_yaml(file) if file.is_file() else {}
+
+
+def _changed(saved: Mapping[str, Any], cfg: Config) -> list[str]:
+    """What of a configuration can't be another when a run continues and is; nothing where nothing is known."""
+    return differing_keys(_fixed(saved), _fixed(cfg.to_dict())) if saved else []
+
+
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
-    run = content.get("run", {})
-    fixed_run = {key: run[key] for key in FIXED_RUN_KEYS if key in run}
-    # False also for a run that older versions saved.
-    fixed_run["cache_features"] = run.get("cache_features", False)
-    if fixed_run["cache_features"]:
-        fixed_run["features"] = {key: run["features"][key] for key in FIXED_FEATURE_KEYS}
-    return {**{name: content.get(name, {}) for name in FIXED_SECTIONS}, "run": fixed_run}
+    # Settings that older versions didn't save, or a person took out, have their defaults.
+    run = {**_leaves(asdict(RunConfig())), **_leaves(content.get("run"))}
+    keys = (*FIXED_RUN_KEYS, "cache_features", *(FIXED_FEATURE_KEYS if run["cache_features"] else ()))
+    sections = {name: content.get(name) or {} for name in FIXED_SECTIONS}
+    return {**sections, "run": {key: run[key] for key in keys}}
+
+
+def _leaves(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted names; of what is no mapping none."""
+    found: dict[str, Any] = {}
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        found.update(
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
+    return found
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -170,7 +229,7 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 def fingerprint(cfg: Config) -> str:
     """The configuration, without what changes neither weights nor results, as canonical text."""
     content = cfg.to_dict()
-    run = {key: value for key, value in content["run"].items() if key not in FREE_RUN_KEYS}
+    run = {key: value for key, value in _leaves(content["run"]).items() if key not in FREE_RUN_KEYS}
     return json.dumps({**content, "run": run}, sort_keys=True, default=str)
 
 
@@ -205,12 +264,14 @@ def _same_run(saved: Any, now: str) -> bool:
     """Whether two fingerprints are of one run; a setting that one of them doesn't know has its default there."""
     try:
         contents = [json.loads(text) for text in (saved, now)]
+        defaults = _leaves(asdict(RunConfig()))
         for content in contents:
-            content["run"] = {key: value for key, value in content["run"].items() if _tells(key, value)}
+            run = _leaves(content["run"])
+            content["run"] = {
+                key: value
+                for key, value in run.items()
+                if key not in FREE_RUN_KEYS and value != defaults.get(key)
+            }
     except (TypeError, ValueError, KeyError, AttributeError):  # another version's idea of a fingerprint
         return False
     return bool(contents[0] == contents[1])
-
-
-def _tells(key: str, value: Any) -> bool:
-    return key not in FREE_RUN_KEYS and value != RUN_DEFAULTS.get(key)

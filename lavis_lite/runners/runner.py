@@ -136,6 +136,12 @@ class Runner:
         ev.check_splits(self.parts.datasets, run.valid_splits, where="run.valid_splits", required=False)
         if self.saved is not None:
             logger.info("continuing %s at step %d", self.saved, self.state.step)
+            if self.state.step > self.max_steps:
+                logger.warning(
+                    "the run is %d steps beyond its length of %d",
+                    self.state.step - self.max_steps,
+                    self.max_steps,
+                )
             self._warn_of_processes()
         self.state.num_threads, self.state.world_size = torch.get_num_threads(), dist.world_size()
         logger.info(describe(self.parts))
@@ -304,7 +310,12 @@ class Runner:
         if value is not None and ckpt.is_better(
             value, state.best["value"] if state.best else None, run.best_mode
         ):
-            state.best = {"metric": run.best_metric, "value": value, "step": state.step}
+            state.best = {
+                "metric": run.best_metric,
+                "mode": run.best_mode,
+                "value": value,
+                "step": state.step,
+            }
             logger.info("best so far: %s %.4f at step %d", run.best_metric, value, state.step)
         self._keep_evaluation(needed=run.best_metric is not None and value is None)
         if run.best_metric is not None:

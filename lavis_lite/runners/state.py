@@ -44,7 +44,7 @@ class TrainState:
     """Position and bookkeeping of a run.
 
     step: optimiser steps done. skipped: non-finite steps so far, and in a row up to now. elapsed_s: wall
-    time of all the run's parts. best: {"metric", "value", "step"}. metrics: those of the newest evaluation,
+    time of all the run's parts. best: {"metric", "mode", "value", "step"}. metrics: those of the newest evaluation,
     with its step in evaluated_step. started_from: the checkpoint that run.resume named, if it did.
     stream_places: where the readers of streams were, all ranks' (`TrainLoader.places`).
     data: what each dataset that is trained on held (`content_of`), by name; empty in older checkpoints.
