@@ -410,3 +410,30 @@ def test_a_frozen_language_model_in_fp16_computes_in_fp16_whatever_surrounds(tmp
         loss = model({"image": image, "text_input": ["a red dog", "a cat"]})["loss"]
         assert len(model.generate({"image": image}, num_beams=2, max_length=3)) == 2
     assert torch.isfinite(loss)
+
+
+CLIPS = REPOSITORY / "projects/blip2/video_ft.yaml"
+NO_SOURCES = ["model.pretrained=null", "model.qformer_text_from=null"]
+STREAM = ["datasets.shapes_caption.builder=shards", "datasets.shapes_caption.train.samples=9"]
+STREAM.append("datasets.shapes_caption.train.shards='pipe:cat {0..3}.tar'")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "stored"), [(STAGE1, [], True), (STAGE1, STREAM, False), (CLIPS, NO_SOURCES, False)]
+)
+def test_storing_features_is_proposed_where_a_run_could(
+    path: Path, options: list[str], stored: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = load_config(path, [*SHALLOW, *options])
+    found = [option for setting in _settings(Planner(cfg, CPU)) for option in setting.options]
+    assert ("run.cache_features=true" in found) is stored
+    if not stored:
+        with pytest.raises(SystemExit):
+            plan_main(["--cfg-path", str(path), "--options", *SHALLOW, *options, "run.cache_features=true"])
+        assert "has no picture files whose features could be stored" in capsys.readouterr().err
+
+
+def test_a_dataset_of_ones_own_needs_no_builder_to_be_planned(tmp_path: Path) -> None:
+    own = {"own": {"train": {"annotations": "a.json", "images": "b"}}}
+    cfg = load_config(STAGE1, SHALLOW)
+    assert Planner(replace(cfg, datasets=own), CPU).plan(2).total > 0

@@ -47,11 +47,14 @@ def plan_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite plan
 
 def _print_plan(args: argparse.Namespace) -> None:
     from lavis_lite.common.config import load_config
+    from lavis_lite.runners.features import check_storable
     from lavis_lite.runners.planning.account import Planner
     from lavis_lite.runners.planning.proposals import propose
     from lavis_lite.runners.planning.report import dict_of, lines_of
 
     config = load_config(args.cfg_path, args.options)
+    if config.run.cache_features:
+        check_storable(config)
     planner = Planner(config, _target(args, config))
     plan = planner.with_largest_batch()
     remedy = None

@@ -186,6 +186,10 @@ class ImageTextBuilder:
             )
         return {split: self._dataset(split, found) for split, found in sources.items()}
 
+    def has_picture_files(self, split: str) -> bool:
+        """Whether the rows of a split are picture files (or members of local shards), as far as its section tells."""
+        return getattr(type(self).dataset_class, "visual", ImageTextDataset.visual) == ImageTextDataset.visual
+
     def _dataset(self, split: str, sources: list[Source]) -> MapDataset:
         parts = [Part(open_records(source), source.images) for source in sources]
         for part, source in zip(parts, sources, strict=True):

@@ -143,6 +143,12 @@ class ShardBuilder(ImageTextBuilder):
         if self._asks():
             raise ConfigError(f"{where}: questions are read from local .tar files, not from a stream")
 
+    def has_picture_files(self, split: str) -> bool:
+        """As of `ImageTextBuilder`; a stream has none."""
+        return super().has_picture_files(split) and not any(
+            one.streamed for one in self.splits.get(split, ())
+        )
+
     def _dataset(self, split: str, sources: list[Source]) -> Any:
         config = self.splits[split][0]
         if not config.streamed:

@@ -15,6 +15,7 @@ from lavis_lite.common.logging import get_logger
 from lavis_lite.common.sizes import show_bytes
 from lavis_lite.datasets.bad_rows import ReadCounter
 from lavis_lite.datasets.base import UnreadableSample
+from lavis_lite.datasets.builders import make_builder
 from lavis_lite.datasets.feature_store import FeatureStore, StoredViews
 from lavis_lite.datasets.image_text import ImageTextDataset, has_picture_files
 from lavis_lite.datasets.pictures import Pictures
@@ -30,6 +31,19 @@ logger = get_logger(__name__)
 TOLERANCE = 0.05
 
 Datasets = Mapping[str, Mapping[str, Any]]
+
+
+def check_storable(cfg: Config) -> None:
+    """Raise ConfigError where features can't be stored, as far as a configuration tells; reads no data."""
+    check_encoder(cfg)
+    for name, section in cfg.datasets.items():
+        builder = make_builder(name, section)
+        has_files = getattr(builder, "has_picture_files", None)
+        if has_files is not None and not has_files(cfg.run.train_split):
+            raise ConfigError(
+                f"run.cache_features: dataset '{name}' has no picture files whose features could be stored (clips and "
+                "streams have none); leave it out, or set run.cache_features=false"
+            )
 
 
 def check_encoder(cfg: Config) -> None:

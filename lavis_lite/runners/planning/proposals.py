@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lavis_lite.common.config import Config
+from lavis_lite.common.errors import ConfigError
 from lavis_lite.parallel.base import CUTTING, is_quantized
+from lavis_lite.runners.features import check_storable
 from lavis_lite.runners.planning.account import Plan, Planner, Target
 from lavis_lite.runners.planning.sharding import SHARDINGS
 
@@ -119,12 +121,20 @@ def _settings(planner: Planner) -> Iterator[_Setting]:
         yield _Setting(
             ("model.language_model.quantize=int8",), "the language model in 8 bits (extra `quantize`)"
         )
-    if encoder.get("freeze", True) and not target.stored_features:
+    if not target.stored_features and _can_store_features(cfg):
         yield _Setting(
             ("run.cache_features=true",),
             "the frozen encoder's features are read from disk",
             lambda t: replace(t, stored_features=True),
         )
+
+
+def _can_store_features(cfg: Config) -> bool:
+    try:
+        check_storable(cfg)
+    except ConfigError:
+        return False
+    return True
 
 
 def _exclude_each_other(settings: Sequence[_Setting]) -> bool:

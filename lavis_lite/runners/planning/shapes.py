@@ -158,7 +158,7 @@ def _is_of_clips(processor: Mapping[str, Any]) -> bool:
 def _train_processors(cfg: Config) -> Iterator[Mapping[str, Any]]:
     """The training split's sections vis_processor, the builders' own where a dataset has none."""
     for section in cfg.datasets.values():
-        builder = registry.get_builder_class(section["builder"])
+        builder = registry.get_builder_class(section.get("builder", "image_text"))
         own = section.get("vis_processor") or {}
         yield own.get("train") or getattr(builder, "default_vis", {}).get("train") or {}
 

@@ -71,6 +71,10 @@ class ShapesVideoBuilder:
             **sources,
         )
 
+    def has_picture_files(self, split: str) -> bool:
+        """Never: its rows are clips."""
+        return False
+
     def build_datasets(self) -> dict[str, MapDataset]:
         """The configured splits by name, their files written first where they are missing."""
         write_clips(self.spec)
