@@ -76,6 +76,8 @@ def test_a_run_needs_a_length_and_its_splits(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(ConfigError, match=r"run\.test_splits: no dataset has a split 'tset'"):
         Runner(config(tmp_path / "c", max_steps=1)).train()
         Runner(config(tmp_path / "c", max_steps=1, test_splits=["tset"])).evaluate()
+    with pytest.raises(ConfigError, match=r"run\.test_splits is empty: there is nothing to evaluate"):
+        Runner(config(tmp_path / "c", max_steps=1, test_splits=[])).evaluate()
 
 
 def test_a_run_without_a_validation_split_just_trains(

@@ -85,13 +85,15 @@ class ImageTextBuilder:
 
     Raises ConfigError with the YAML path of what is wrong.
 
-    split_class, dataset_class, default_vis, default_text: what a builder of other rows replaces.
+    split_class, dataset_class, default_vis, default_text: what a builder of other rows replaces. source_example: how a
+    split is configured, for messages.
     """
 
     split_class: ClassVar[type] = SplitConfig
     dataset_class: ClassVar[Callable[..., MapDataset]] = ImageTextDataset
     default_vis: ClassVar[Mapping[str, Any]] = DEFAULT_VIS
     default_text: ClassVar[Mapping[str, Any]] = DEFAULT_TEXT
+    source_example: ClassVar[str] = "annotations=<file>"
 
     def __init__(
         self,
@@ -177,7 +179,7 @@ class ImageTextBuilder:
         sources = {split: self._sources(split) for split in self.splits}
         missing = [split for split in SPLITS if split not in self.splits]
         if missing:
-            example = f"datasets.{self.name}.{missing[0]}.annotations=<file>"
+            example = f"datasets.{self.name}.{missing[0]}.{self.source_example}"
             logger.info(
                 "dataset '%s' has no %s split, so none is evaluated or trained on (%s adds one)",
                 self.name,

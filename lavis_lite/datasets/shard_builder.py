@@ -109,6 +109,7 @@ class ShardBuilder(ImageTextBuilder):
     """
 
     split_class: ClassVar[type] = ShardSplitConfig
+    source_example: ClassVar[str] = "shards=<tars>"
     kind: ClassVar[Kind] = PICTURES
     stream_class: ClassVar[type[ShardStream]] = ShardStream
 
