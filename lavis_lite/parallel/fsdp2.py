@@ -11,6 +11,7 @@ arithmetic by autocast, as everywhere, which is why the numbers are those of one
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -72,6 +73,8 @@ class FSDP2Strategy(Strategy):
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The sharded model, on the device."""
+        # OPT's layers return views, and nothing here or in transformers' models writes into a layer's output.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         root = _Root(model)
         self.device = device
         mesh = init_device_mesh(device.type, (dist.world_size(),))

@@ -77,7 +77,7 @@ def named_metrics(results: Sequence[Result]) -> dict[str, float]:
 
 
 def check_splits(datasets: Splits, splits: Sequence[str], *, where: str, required: bool) -> None:
-    """A split that no dataset has is an error, or if not `required` a line in the log; none at all is one if `required`."""
+    """A split that no dataset has is an error, or if not `required` a line in the log; `required` none is an error."""
     if required and not splits:
         raise ConfigError(f"{where} is empty: there is nothing to evaluate")
     known = sorted({split for own in datasets.values() for split in own})
