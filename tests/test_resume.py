@@ -91,9 +91,9 @@ def test_sigkill_during_a_checkpoint_write(tmp_path: Path) -> None:
     run = {"save_every": 2, "max_steps": 6}
     whole = Runner(config(tmp_path / "whole", **run)).train()
     path = project(tmp_path / "parts", **run)
-    # Each checkpoint is two files: the third write is the second checkpoint's model, cut in its middle.
+    # The frozen part is a file, each checkpoint two: the fourth is the second checkpoint's model, cut in its middle.
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, *train_command(path)[2:]]
-    process = start(command, KILL_AT_CALL="3")
+    process = start(command, KILL_AT_CALL="4")
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     folder = tmp_path / "parts/run/checkpoints"

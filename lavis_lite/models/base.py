@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.checkpoint import STATE, load_state, resolve_checkpoint
+from lavis_lite.common.checkpoint import STATE, load_state, resolve_checkpoint, save_tensors
 from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.io import atomic_file
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.models.convert.formats import Checkpoint, open_checkpoint
@@ -31,8 +32,8 @@ class BaseModel(nn.Module):
 
     presets: its folder of presets below lavis_lite/configs/models/; by default that of its registered name.
     optional_keys: regular expressions of keys that a checkpoint may lack, such as those of frozen backbones.
-    frozen_from: the file that gave weights which this model keeps frozen, beyond what `load_backbones` loads; its own
-        checkpoints don't hold them but name that file.
+    frozen_from: the file that gave weights which this model keeps frozen, or keeps them (`keep_frozen`), beyond what
+        `load_backbones` loads; its own checkpoints don't hold them but name that file.
     """
 
     presets: ClassVar[str]
@@ -52,6 +53,13 @@ class BaseModel(nn.Module):
 
     def load_backbones(self) -> None:
         """Load the pretrained parts that the config asked for; strict."""
+
+    def is_of_backbones(self, name: str) -> bool:
+        """Whether `load_backbones` gives a frozen tensor, so that no checkpoint needs to hold it.
+
+        By default all, where a model loads anything there.
+        """
+        return type(self).load_backbones is not BaseModel.load_backbones
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load weights from a run's folder, a checkpoint's folder, a weights file, or another project's checkpoint.
@@ -75,14 +83,13 @@ class BaseModel(nn.Module):
         if source is not None:
             tensors = {**self._frozen_of(source), **tensors}
         load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
-        if tensors.keys() & self.state_dict().keys() - self.trainable_state_dict().keys():
+        if tensors.keys() & self._frozen():
             self.frozen_from = source or file.resolve()
 
     def _frozen_of(self, source: Path) -> dict[str, Tensor]:
         """What a checkpoint of another run has of the parts that this model doesn't train."""
         tensors = open_checkpoint(source).tensors
-        frozen = self.state_dict().keys() - self.trainable_state_dict().keys()
-        return {name: tensors[name] for name in frozen & tensors.keys()}
+        return {name: tensors[name] for name in self._frozen() & tensors.keys()}
 
     def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """What this model takes of a checkpoint's tensors, and patterns of names that these may lack.
@@ -90,6 +97,28 @@ class BaseModel(nn.Module):
         The default takes all of them; a model that is built on another one's weights declares what it leaves.
         """
         return dict(tensors), self.optional_keys
+
+    def keep_frozen(self, file: Path, *, write: bool = True) -> list[str]:
+        """Where frozen parts have weights that no file gave, write these; its checkpoints then name that file.
+
+        Random weights, or those that an encoder's own code loads, would be others when the model is built again.
+        Returns the names of the parts, none where nothing is to be kept. write: false where another process does.
+        """
+        frozen = self._frozen()
+        given = set() if self.frozen_from is None else open_checkpoint(self.frozen_from).tensors.keys()
+        ungiven = {name for name in frozen if name not in given and not self.is_of_backbones(name)}
+        parts = {name.split(".")[0] for name, _ in self.named_parameters() if name in ungiven}
+        if parts and write:
+            own = self.state_dict()
+            with atomic_file(file) as temporary:
+                save_tensors(temporary, {name: own[name] for name in sorted(ungiven | frozen & given)})
+        if parts:
+            self.frozen_from = file.resolve()
+        return sorted(parts)
+
+    def _frozen(self) -> set[str]:
+        """Names of what its checkpoints don't hold."""
+        return self.state_dict().keys() - self.trainable_state_dict().keys()
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds: trained parameters and the buffers of the modules that own them."""
@@ -155,12 +184,13 @@ def _frozen_source(file: Path) -> Path | None:
     named = load_state(file.parent).get("frozen_from")
     if named is None:
         return None
-    if not Path(named).is_file():
+    source = (file.parent / named).resolve()  # of the run's own folder it is a path from the checkpoint
+    if not source.is_file():
         raise CheckpointError(
-            f"'{file}' has the frozen parts of '{named}', which isn't there any more: put it back (the path is "
+            f"'{file}' has the frozen parts of '{source}', which isn't there any more: put it back (the path is "
             f"frozen_from in {file.parent / STATE})"
         )
-    return Path(named)
+    return source
 
 
 def without_sources(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class Blip2Base(BaseModel):
         if source:
             load_bert(self.Qformer, source)
 
+    def is_of_backbones(self, name: str) -> bool:
+        """The encoder's tensors where `vision_encoder.pretrained` is set."""
+        return name.startswith("visual_encoder.") and bool(self.visual_encoder.pretrained)
+
     def select_weights(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """All tensors, the encoder's position embeddings interpolated where they are for other image sizes."""
         kept, optional = super().select_weights(tensors)

@@ -120,6 +120,12 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         if self.qformer_text_from:
             load_text_side(self, self.qformer_text_from)
 
+    def is_of_backbones(self, name: str) -> bool:
+        """As of `Blip2Base`; the language model's where `language_model.pretrained` is set."""
+        if name.startswith("language_model."):
+            return bool(self.language_model.config.pretrained)
+        return super().is_of_backbones(name)
+
     def no_weight_decay(self) -> set[str]:
         """The queries and the frame embeddings: pulling them to zero means nothing."""
         return super().no_weight_decay() | {"frame_join.embeddings"}

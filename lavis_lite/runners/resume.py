@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
 LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
+FROZEN_FILE = "frozen.safetensors"  # weights that the run keeps and no other file has
+RUN_FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, FROZEN_FILE, ckpt.FOLDER)
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
 FIXED_SECTIONS = ("model", "datasets", "task")
 FIXED_RUN_KEYS = ("seed", "train_split", "batch_size_train", "accum_grad_iters")
@@ -77,7 +79,7 @@ def find_start(cfg: Config) -> StartPoint:
     last = ckpt.newest(run_dir)
     if cfg.run.resume == "never":
         if last is not None:
-            _set_aside(run_dir, [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, ckpt.FOLDER])
+            _set_aside(run_dir, RUN_FILES)
         start = StartPoint()
     elif cfg.run.resume == "auto":
         start = _continue(cfg, last) if last is not None else StartPoint()
@@ -125,7 +127,7 @@ def _start_from(cfg: Config, path: Path, last: Path | None) -> StartPoint:
             state.best = None
     else:
         if last is not None:
-            _set_aside(run_dir, [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, ckpt.FOLDER])
+            _set_aside(run_dir, RUN_FILES)
         state.best = None  # it lies in the other folder
     _forget_other_best(cfg, state)
     return StartPoint(checkpoint, state)
@@ -169,7 +171,7 @@ def _warn_of_other_run(cfg: Config, checkpoint: Path) -> None:
         )
 
 
-def _set_aside(run_dir: Path, names: list[str]) -> None:
+def _set_aside(run_dir: Path, names: Sequence[str]) -> None:
     """Move files of a run that is superseded to the next free previous_<n>/ beside them."""
     present = [name for name in names if (run_dir / name).exists()]
     if not present:
@@ -240,6 +242,12 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def name_frozen(run_dir: Path, file: Any) -> str | None:
+    """The file with a model's frozen weights as a checkpoint names it: one of the run's own moves with its folder."""
+    own = run_dir.resolve() / FROZEN_FILE
+    return f"../../{own.name}" if file == own else None if file is None else str(file)
 
 
 def save_summary(cfg: Config, step: int, lines: list[str], metrics: Mapping[str, float]) -> None:

@@ -349,7 +349,7 @@ class Runner:
             "batches": state.step * self.cfg.run.accum_grad_iters,
             "max_steps": self.max_steps,
             "versions": resume.versions(),
-            "frozen_from": str(parts.model.frozen_from) if parts.model.frozen_from else None,
+            "frozen_from": resume.name_frozen(self.run_dir, parts.model.frozen_from),
         }
         best_step = state.best["step"] if state.best else None
         self.saved = self.saver.save(state.step, parts.model, parts.optimizer, content, best_step=best_step)

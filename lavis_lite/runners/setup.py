@@ -23,7 +23,7 @@ from lavis_lite.common.run_config import RunConfig
 from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.image_features import ImageFeatures
-from lavis_lite.models.base import build_model, without_sources
+from lavis_lite.models.base import BaseModel, build_model, without_sources
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.auto import choose_strategy
 from lavis_lite.parallel.base import Strategy, build_strategy, check_quantized, check_strategy, is_quantized
@@ -31,7 +31,7 @@ from lavis_lite.runners.changed_data import note_data
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
-from lavis_lite.runners.resume import StartPoint
+from lavis_lite.runners.resume import FROZEN_FILE, StartPoint
 from lavis_lite.tasks.base import EvalArgs
 
 Splits = Mapping[str, Mapping[str, Any]]
@@ -119,6 +119,9 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     threads = state.num_threads if resumed else None
     # The strategy moves the model: one that is sharded may be too large for one device.
     base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=False)
+    if start.checkpoint is not None:
+        base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
+    _keep_frozen(base.model, Path(run.output_dir) / FROZEN_FILE)
     # Before features of other data than the run's are made.
     note_data(state, list(_trained_on(cfg, base.datasets).values()), allowed=run.allow_changed_data)
     if run.cache_features:
@@ -126,8 +129,6 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
             base.datasets = with_features(cfg, base.datasets, encoder)
     loader = build_loader(cfg, base.datasets)
     max_steps = run.max_steps or -(-(run.max_epochs or 0) * loader.batches_per_epoch // run.accum_grad_iters)
-    if start.checkpoint is not None:
-        base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
     if run.compile:
         compile_blocks(base.model, base.device)
     chosen = choose_strategy(run.strategy, base.model, base.device, quantized=quantized)
@@ -161,6 +162,13 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         loader=loader,
         max_steps=max_steps,
     )
+
+
+def _keep_frozen(model: nn.Module, file: Path) -> None:
+    """Frozen weights that are nowhere else go into a file of the run's, once; see `BaseModel.keep_frozen`."""
+    kept = model.keep_frozen(file, write=dist.is_main()) if isinstance(model, BaseModel) else []
+    if kept and dist.is_main():
+        logger.info("no file gave the frozen weights of %s: they are kept in %s", ", ".join(kept), file)
 
 
 def _check_epochs(run: RunConfig, before: int) -> None:
