@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 import lavis_lite.processors.randaugment as randaugment
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.images import read_image
 from lavis_lite.processors import build_processor
 from lavis_lite.processors.image import CLIP_MEAN, CLIP_STD, Blip2ImageTrain, BlipImageEval, BlipImageTrain
 from lavis_lite.processors.text import BlipCaption, BlipQuestion
@@ -115,3 +117,22 @@ def test_mistakes_name_the_key() -> None:
         build_processor({"image_size": 3}, where="v.train")
     with pytest.raises(ConfigError, match=r"v\.train\.image_size: expected"):
         build_processor({"name": "blip_image_eval", "image_size": "large"}, where="v.train")
+
+
+@pytest.mark.parametrize("name", ["blip_image_eval", "blip2_image_train", "shapes_image_eval"])
+def test_a_picture_as_pillow_opens_it_is_processed_as_a_dataset_would(name: str, tmp_path: Path) -> None:
+    """Transparent, deep, or turned by its EXIF tag."""
+    clear = np.zeros((16, 32, 4), np.uint8)
+    clear[:, 16:] = (255, 0, 0, 255)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((16, 32), 3000, np.uint16)).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(clear[..., :3])).save(tmp_path / "turned.jpg", exif=exif)
+    processor = build_processor({"name": name, "image_size": 16}, where="vis_processor.eval")
+    for path in sorted(tmp_path.iterdir()):
+        torch.manual_seed(0)
+        wanted = processor(read_image(path))
+        torch.manual_seed(0)
+        with Image.open(path) as opened:
+            assert torch.equal(processor(opened), wanted), path.name

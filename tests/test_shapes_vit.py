@@ -46,6 +46,11 @@ def test_encoder_fulfils_the_protocol() -> None:
         ShapesViT(image_size=60)
 
 
+def test_images_of_another_size_are_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"shapes_vit: images are 32x64, the encoder wants 64x64; set vision"):
+        ShapesViT()(torch.zeros(1, 3, 32, 64))
+
+
 def test_encoder_has_the_size_it_claims() -> None:
     assert sum(p.numel() for p in ShapesViT().parameters()) == 1_222_528
 

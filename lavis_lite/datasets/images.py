@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.tar_members import Address, read_member
+from lavis_lite.processors.rgb import DECODER_ERRORS, as_seen
 
-# What Pillow's decoders raise on broken content: OSError when truncated, SyntaxError for PNG chunks, ...
-DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -71,8 +56,7 @@ def decode_image(source: str | io.BytesIO, name: str) -> Image.Image:
             )  # odd metadata, palettes with byte transparency: the picture is fine
             with Image.open(source) as image:
                 image.load()
-                _turn_upright(image)
-                return to_rgb(image)
+                return as_seen(image)
     except FileNotFoundError as error:
         raise UnreadableSample(name, "no such file") from error
     except UnidentifiedImageError as error:
@@ -83,35 +67,3 @@ def decode_image(source: str | io.BytesIO, name: str) -> Image.Image:
         raise UnreadableSample(name, "more pixels than Pillow allows (Image.MAX_IMAGE_PIXELS)") from error
     except DECODER_ERRORS as error:
         raise UnreadableSample(name, " ".join(str(error).split()) or type(error).__name__) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any mode as RGB."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _from_deep(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey to RGB: Pillow alone would clip everything above 255 to white."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    top = float(values.max(initial=0.0))
-    if image.mode.startswith("I;16") or 255.0 < top <= 65535.0:
-        values = values / 257.0
-    elif top > 65535.0:
-        values = values * (255.0 / top)
-    elif image.mode == "F" and top <= 1.0:
-        values = values * 255.0
-    grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey, "L").convert("RGB")
-
-
-def _turn_upright(image: Image.Image) -> None:
-    # A broken tag says nothing about the pixels.
-    with contextlib.suppress(*DECODER_ERRORS):
-        ImageOps.exif_transpose(image, in_place=True)

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.randaugment import RandAugment
+from lavis_lite.processors.rgb import as_seen
 
 # Of CLIP's training images (RGB, 0..1); ViT-g of EVA-CLIP was trained with the same.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,7 +26,7 @@ Triple = tuple[float, float, float]
 
 
 class ImageProcessor:
-    """A chain of transforms between a picture and its normalised tensor float32[3, H, W].
+    """A chain of transforms from a picture, as people see it (`as_seen`), to its normalised tensor float32[3, H, W].
 
     image_size: the side of a square, or (height, width), in pixels.
     mean, std: per channel, of values in 0..1; CLIP's when absent.
@@ -61,7 +62,7 @@ class ImageProcessor:
         return cls(**dict(cfg or {}))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        tensor: Tensor = self.transform(image if image.mode == "RGB" else image.convert("RGB"))
+        tensor: Tensor = self.transform(as_seen(image))
         return tensor
 
 

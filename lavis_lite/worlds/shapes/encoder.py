@@ -67,7 +67,13 @@ class ShapesViT(nn.Module):
             self.vit.pos_embed.copy_(timm.layers.build_sincos2d_pos_embed([side, side], width)[None] * 0.5)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Features float[B, P, D] of float[B, 3, H, W], patches row by row."""
+        """Features float[B, P, D] of float[B, 3, H, W], patches row by row; ConfigError for another size."""
+        height, width = self.vit.patch_embed.img_size
+        if image.shape[-2:] != (height, width):
+            raise ConfigError(
+                f"shapes_vit: images are {image.shape[-2]}x{image.shape[-1]}, the encoder wants {height}x{width}; set "
+                "vision_encoder.image_size or the image processor's"
+            )
         return self.blocks(self.embed(image))
 
     def embed(self, image: Tensor) -> Tensor:

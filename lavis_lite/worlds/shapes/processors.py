@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lavis_lite.common.registry import registry
+from lavis_lite.processors.rgb import as_seen
 
 # Of 2,000 training pictures, over all channels (values in 0..1).
 MEAN, STD = 0.40, 0.31
@@ -35,7 +36,7 @@ class ShapesImageProcessor:
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """uint8[H, W, 3] of the picture in RGB, resized when it has another size."""
         side = (self.image_size, self.image_size)
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = as_seen(image)
         return np.asarray(image if image.size == side else image.resize(side, Image.Resampling.BICUBIC))
 
 
