@@ -33,6 +33,7 @@ from runner_helpers import (
 from warm_python import WarmProcess
 
 from lavis_lite.common.checkpoint import list_checkpoints
+from lavis_lite.common.locks import locked
 from lavis_lite.runners.runner import Runner
 
 STEPS = 12
@@ -161,6 +162,17 @@ def test_a_fault_that_would_come_again_is_said_once_and_not_tried_again(tmp_path
     assert "continuing" not in err, err[-3000:]  # no restart came as far as building the run
     assert err.count("skipped: loss nan") == 3, err[-3000:]
     assert newest(tmp_path / "run") == 3
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_another_run_trains_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock", what="trains"):
+        agent = _torchrun(_project(tmp_path), "--max-restarts=1", options=())
+        _, err = agent.communicate(timeout=400)
+    assert agent.returncode == 1
+    assert err.count("error: another process trains in") == err.count("error: ") == 1, err[-3000:]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

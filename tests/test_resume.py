@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from lavis_lite.common import checkpoint as ckpt
-from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import build_model
+from lavis_lite.runners import resume
 from lavis_lite.runners import runner as runner_module
 from lavis_lite.runners.resume import differing_keys
 from lavis_lite.runners.runner import Runner
@@ -339,3 +341,35 @@ def test_settings_that_came_later_leave_a_finished_run_finished(tmp_path: Path) 
     other = Runner(config(tmp_path, weight_decay=0.3))
     other.train()
     assert hasattr(other, "parts")
+
+
+def test_a_second_run_in_the_folder_leaves_the_first_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it trains; and neither its end nor an error keeps the folder."""
+    monkeypatch.setattr(resume, "GRACE_SECONDS", 0.1)
+    first, other = Runner(config(tmp_path, save_every=2)), Runner(config(tmp_path, save_every=2))
+    run_dir, train_step, tried = tmp_path / "run", first.train_step, []
+
+    def step(batches: Any) -> None:
+        train_step(batches)
+        if first.state.step == 3:
+            (run_dir / "checkpoints" / ".tmp-step_000004").mkdir()  # of a write that goes on
+            before = _contents(run_dir)
+            said = rf"another process trains in '{run_dir}' \(process {os.getpid()} on .*set another run\.output_dir"
+            with pytest.raises(TrainingError, match=said):
+                other.train()
+            assert _contents(run_dir) == before
+            tried.append(True)
+            raise Crash
+
+    monkeypatch.setattr(first, "train_step", step)
+    with pytest.raises(Crash):
+        first.train()
+    assert tried and other.train().finished
+    assert [row["step"] for row in logged(run_dir) if row["kind"] == "train"] == [1, 2, 4, 6]
+    assert first.train().finished
+
+
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

@@ -20,7 +20,7 @@ from torch import Tensor
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
-from lavis_lite.common.locks import Busy, locked
+from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
 from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.folder import Kind
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 LINE_SECONDS = 10.0
-# Workers of a process that was killed hold its lock until they notice.
-GRACE_SECONDS = 3.0
 # Of all shards in a folder, in the form of webdataset's wids library.
 INDEX_FILE = "index.json"
 
@@ -132,16 +130,11 @@ def _alone(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"--out: can't make the folder '{out}': a file has that name") from error
-    with contextlib.ExitStack() as locks:
-        deadline = time.monotonic() + GRACE_SECONDS
-        while True:
-            try:
-                locks.enter_context(locked(out / LOCK_FILE, what=f"makes shards in '{out}'", wait=False))
-                break
-            except Busy as error:
-                if time.monotonic() > deadline:
-                    raise DataError(f"{error}: wait for it to end, or use another --out") from error
-            time.sleep(0.1)
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(out / LOCK_FILE, what=f"makes shards in '{out}'", wait=GRACE_SECONDS))
+        except Busy as error:
+            raise DataError(f"{error}: wait for it to end, or use another --out") from error
         yield
 
 

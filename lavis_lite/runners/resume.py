@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 import lavis_lite
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.config import Config, read_yaml
-from lavis_lite.common.errors import CheckpointError, ConfigError
+from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.io import atomic_write
+from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.model_recipe import CONFIG_FILE, enclosing_run
 from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
-LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
+LOG_FILE, SUMMARY_FILE, LOCK_FILE = "log.jsonl", "summary.json", ".lock"
 FROZEN_FILE = "frozen.safetensors"  # weights that the run keeps and no other file has
 RUN_FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, FROZEN_FILE, ckpt.FOLDER)
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
@@ -59,21 +61,40 @@ class StartPoint:
     summary: list[str] | None = None
 
 
-def find_start(cfg: Config) -> StartPoint:
-    """Decide by run.resume where to start, and leave the run's folder ready for it; for the main process.
+@contextlib.contextmanager
+def alone(cfg: Config) -> Iterator[None]:
+    """Make the run's folder, and let no other process train in it within the block; for the main process.
 
-    `auto` continues the newest complete checkpoint in output_dir, if there is one. A path continues that
-    checkpoint in output_dir (and, called again, what has come of it since). `never` starts anew. Files that
-    no longer belong to the run are moved to previous_<n>/, never deleted.
-
-    Raises ConfigError when output_dir can't be made, or the checkpoint in it was made with another model,
-    data, task, seed or batch; CheckpointError when run.resume names no checkpoint.
+    Raises ConfigError when the folder can't be made, TrainingError while another process trains there.
     """
     run_dir = Path(cfg.run.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.output_dir: can't make the folder '{run_dir}': {error.strerror}") from error
+    what = f"trains in '{run_dir}'"
+    with contextlib.ExitStack() as lock:
+        try:
+            # A loader's workers outlive a killed process by seconds, and write nothing.
+            lock.enter_context(
+                locked(run_dir / LOCK_FILE, what=what, wait=GRACE_SECONDS, with_children=False)
+            )
+        except Busy as error:
+            raise TrainingError(f"{error}: wait for it to end, or set another run.output_dir") from error
+        yield
+
+
+def find_start(cfg: Config) -> StartPoint:
+    """Decide by run.resume where to start, and leave the run's folder ready for it; within `alone`.
+
+    `auto` continues the newest complete checkpoint in output_dir, if there is one. A path continues that
+    checkpoint in output_dir (and, called again, what has come of it since). `never` starts anew. Files that
+    no longer belong to the run are moved to previous_<n>/, never deleted.
+
+    Raises ConfigError when the checkpoint in output_dir was made with another model, data, task, seed or batch;
+    CheckpointError when run.resume names no checkpoint.
+    """
+    run_dir = Path(cfg.run.output_dir)
     for path in ckpt.clean(run_dir):
         logger.info("removed an incomplete write: %s", path)
     last = ckpt.newest(run_dir)

@@ -67,8 +67,9 @@ class Runner:
         (exit code 130).
 
         Raises ConfigError, DataError, CheckpointError (also when the disk is full: the checkpoint before
-        stays good) and TrainingError (more than run.max_skipped non-finite steps in a row, or a lost rank); of several
-        ranks with the same error one raises it and the others SystemExit, and they ignore SIGTERM from then on.
+        stays good) and TrainingError (another process trains in the folder, more than run.max_skipped non-finite steps
+        in a row, or a lost rank); of several ranks with the same error one raises it and the others SystemExit, and
+        they ignore SIGTERM from then on.
         """
         dist.init(self.cfg.run.timeout)
         with self.files, speaking_once(self._where):
@@ -112,7 +113,11 @@ class Runner:
 
     def _set_up(self) -> bool:
         """Find where to start and build everything; False for a finished run, whose summary is printed."""
-        start = dist.broadcast_object(resume.find_start(self.cfg) if dist.is_main() else None)
+        start = None
+        if dist.is_main():
+            self.files.enter_context(resume.alone(self.cfg))
+            start = resume.find_start(self.cfg)
+        start = dist.broadcast_object(start)
         assert start is not None
         self.state = start.state
         self.saved = start.checkpoint
