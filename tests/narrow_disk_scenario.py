@@ -1,7 +1,8 @@
 """Two ranks of which one can't write its checkpoint; `python -m tests.narrow_disk_scenario FOLDER`.
 
 The folder's name says what is tried: `parts` of which the second can't write its own, or a `whole` checkpoint, which
-the first can't write; `behind`, while training goes on, or `at_once`.
+the first can't write; `behind`, while training goes on, or `at_once`. Of `large_parts` each has more bytes than the
+buffer of a file, so that it is torch's zip writer that the disk refuses, and not the file as it is closed.
 """
 
 from __future__ import annotations
@@ -47,19 +48,22 @@ def fail(rank: int, form: str, *, behind: bool) -> None:
     """Prepare the failure of this rank, if it is the one to fail."""
     if form == "whole" and rank == 0:
         mock.patch.object(checkpoint, "save_file", save_narrowly).start()
-    if form == "parts" and rank == 1:
-        limit(1024)
-    if form == "parts" and rank == 0 and behind:
+    if form.endswith("parts") and rank == 1:
+        limit(1024 if form == "parts" else 256 * 1024)
+    if form.endswith("parts") and rank == 0 and behind:
         # It learns of the failure many steps after the other has.
         mock.patch.object(shutil, "rmtree", lambda path, **_: (time.sleep(1.0), REMOVE(path, True))).start()
 
 
 def main(folder: Path) -> None:
     """Leave in each rank's file what its training ended with."""
-    form, when = folder.name.split("_", 1)
-    behind = when == "behind"
-    strategy = "fsdp2" if form == "parts" else "ddp"
-    cfg = config(folder, strategy=strategy, save_every=2, save_async=behind, max_steps=3000 if behind else 4)
+    behind = folder.name.endswith("_behind")
+    form = folder.name.removesuffix("_behind").removesuffix("_at_once")
+    width = "model.width=512" if form == "large_parts" else "model.width=8"
+    strategy = "ddp" if form == "whole" else "fsdp2"
+    cfg = config(
+        folder, width, strategy=strategy, save_every=2, save_async=behind, max_steps=3000 if behind else 4
+    )
     if behind:
         mock.patch.object(Runner, "_save_is_due", lambda self: self.state.step == 2).start()
     for rank in ranks(2):

@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,13 @@ def test_parts_that_cannot_be_read_are_named(parts: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["parts_at_once", "parts_behind", "whole_at_once", "whole_behind"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("parts_at_once", "parts_behind", "large_parts_at_once", "large_parts_behind"),
+        *("whole_at_once", "whole_behind"),
+    ],
+)
 def test_one_rank_that_cannot_write_ends_all_with_one_line(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     process = start([sys.executable, "-m", "tests.narrow_disk_scenario", str(folder)])
@@ -231,3 +238,20 @@ def test_one_rank_that_cannot_write_ends_all_with_one_line(tmp_path: Path, name:
     assert "File too large" in said and "none before it" in said
     assert (folder / "rank1").read_text() == "SystemExit: 1"
     assert list((folder / "run" / "checkpoints").iterdir()) == []
+
+
+def test_what_torch_says_of_a_full_disk_is_told_as_such() -> None:
+    """Also where only the zip writer's complaint is left, of a file shorter than it should be."""
+
+    def told(*failures: BaseException) -> str:
+        wrapped = {rank: (failure, traceback.StackSummary()) for rank, failure in enumerate(failures)}
+        with pytest.raises(PartsError) as raised, tensor_parts._in_one_line():
+            raise dcp.CheckpointException("write", wrapped)
+        return str(raised.value)
+
+    short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nframe #0")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert told(short) == f"process 0: {str(short).splitlines()[0]}"
+    assert told(full, short).startswith("process 0: [Errno 28] No space left on device; process 1: [enforce")
+    with pytest.raises(RuntimeError, match=r"checkpoint failed: .*a fault"):
+        told(full, RuntimeError("a fault"))

@@ -28,6 +28,8 @@ SUFFIX = ".distcp"
 TIED = "tied.json"
 # What the names of a checkpoint's tensors begin with.
 MODEL_PARTS, OPTIMIZER_PARTS = "model/", "optimizer/"
+# How torch's zip writer and reader say that a file isn't as long, or not what, it should be.
+ZIP_ERRORS = ("PytorchStream", "inline_container")
 # All that an index is made of, beside the names of element types. It is a pickle, which could else run anything.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -66,8 +68,14 @@ def write_parts(
     """
     import torch.distributed.checkpoint as dcp
 
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, *args: Any, **kwargs: Any) -> Any:
+            # Here: what an error came of doesn't travel to the other processes.
+            with _disk_errors_as_such():
+                return super().write_data(*args, **kwargs)
+
     with _in_one_line():
-        index = dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+        index = dcp.save(dict(tensors), storage_writer=Writer(folder), process_group=group)
     files: dict[str, int] = {}
     places: Mapping[Any, Any] = index.storage_data or {}
     for place in places.values():
@@ -84,6 +92,20 @@ def check_parts(folder: Path, files: Mapping[str, int]) -> None:
             raise PartsError(
                 f"{name} isn't here as written: all machines must see run.output_dir as one folder"
             )
+
+
+@contextlib.contextmanager
+def _disk_errors_as_such() -> Iterator[None]:
+    """torch's zip writer closes its file after one, finds it shorter than it should be, and raises only that."""
+    try:
+        yield
+    except RuntimeError as error:
+        behind = error.__cause__ or error.__context__
+        while behind is not None and not isinstance(behind, OSError):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None:
+            raise
+        raise OSError(behind.errno, behind.strerror) from error
 
 
 @contextlib.contextmanager
@@ -105,9 +127,8 @@ def _in_one_line() -> Iterator[None]:
 
 
 def _is_of_disk(failure: BaseException) -> bool:
-    # torch's zip writer and reader say so in their own way.
     return isinstance(failure, OSError) or (
-        isinstance(failure, RuntimeError) and "PytorchStream" in str(failure)
+        isinstance(failure, RuntimeError) and any(words in str(failure) for words in ZIP_ERRORS)
     )
 
 
