@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.logging import read_rows
 from lavis_lite.common.registry import registry
+from lavis_lite.runners import runner as runner_module
 from lavis_lite.runners.runner import Runner
 from lavis_lite.tasks.base import Evaluation
 from tests.runner_helpers import ROOT, assert_same_bits, config, weights
@@ -203,6 +205,69 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path: Path, monkeypatch: 
     written = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     assert written == {"checkpoint": str(folder / "step_000002"), "metrics": metrics}
     assert metrics.keys() == {"test/loss", "test/loss_mse", "test/loss_l1"}
+
+
+def test_an_evaluation_whose_folder_cannot_be_written_to_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Runner(config(tmp_path, max_steps=1)).train().checkpoint
+    monkeypatch.setattr(runner_module, "build_base", None)
+    advice = f"; set another one, and run.checkpoint={checkpoint}"
+    (tmp_path / "file").touch()
+    elsewhere = (f"run.output_dir={tmp_path / 'file'}", f"run.checkpoint={checkpoint}")
+    with pytest.raises(
+        ConfigError, match=r"can't make the folder '.*file/evaluation': Not a directory"
+    ) as raised:
+        Runner(config(tmp_path, *elsewhere)).evaluate()
+    assert str(raised.value).endswith(advice)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: _refuse())
+    with pytest.raises(
+        ConfigError, match=r"can't write to the folder '.*/evaluation': No space left"
+    ) as raised:
+        Runner(config(tmp_path)).evaluate()
+    assert str(raised.value).endswith(advice)
+
+
+@pytest.mark.parametrize("what", ["metrics", "report"])
+def test_an_evaluation_is_told_though_its_files_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    Runner(config(tmp_path, max_steps=1)).train()
+    cfg = config(tmp_path)
+    capsys.readouterr()
+    Runner(cfg).evaluate()
+    table = capsys.readouterr().out
+    for path in (tmp_path / "run" / "evaluation").iterdir():
+        path.unlink()
+    if what == "metrics":
+        monkeypatch.setattr("lavis_lite.runners.evaluation.atomic_write", lambda *_: _refuse())
+    else:
+        monkeypatch.setattr(registry.get_task_class("fake_loss"), "write_report", lambda *_: _refuse())
+    with pytest.raises(OSError, match="No space left"):
+        Runner(cfg).evaluate()
+    told = capsys.readouterr().out
+    without = [line for line in table.splitlines() if not line.startswith((what, "wall time"))]
+    assert [line for line in told.splitlines() if not line.startswith("wall time")] == without
+    assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == (
+        ["report.txt"] if what == "metrics" else ["metrics.json"]
+    )
+
+
+def test_a_run_is_told_though_its_report_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.get_task_class("fake_loss"), "write_report", lambda *_: _refuse())
+        with pytest.raises(OSError, match="No space left"):
+            Runner(config(tmp_path, max_steps=1)).train()
+    told = capsys.readouterr().out
+    assert "held-out split: val" in told and "report.txt" not in told
+    Runner(config(tmp_path, max_steps=1)).train()
+    assert (tmp_path / "run" / "summary.json").is_file() and "report.txt" in capsys.readouterr().out
+
+
+def _refuse() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_task_is_told_where_it_may_leave_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,29 @@ class Result:
     split: str
     dataset: str
     evaluation: Evaluation
+
+
+@dataclass
+class Closing:
+    """What is said in the end; error: why a file of it couldn't be written, None where all were."""
+
+    lines: list[str]
+    error: OSError | None = None
+
+
+def make_folder(folder: Path, checkpoint: Path) -> None:
+    """Make the folder of a checkpoint's evaluation; ConfigError where it can't be made, or nothing written there."""
+    failed = "make"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = "write to"
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: can't {failed} the folder '{folder}': {error.strerror}; set another one, "
+            f"and run.checkpoint={checkpoint}"
+        ) from error
 
 
 def evaluate_splits(
@@ -109,8 +133,8 @@ def closing(
     facts: RunFacts,
     *,
     expected: Expected | None = None,
-) -> list[str]:
-    """Write the reports, and return the closing lines; for the main process.
+) -> Closing:
+    """Write the reports, and return the closing lines, which are the same where the disk refuses; for the main process.
 
     The first result's report lies in the folder of `facts`, those of others in folders of their own below it.
     Without results there is still a report, of the curves. With numbers to expect, the first result's report and
@@ -118,7 +142,7 @@ def closing(
     """
     if not results:
         return _close_one(base, None, log_rows, facts)
-    lines: list[str] = []
+    said = Closing([])
     for number, result in enumerate(results):
         own = replace(facts, split=result.split)
         if len(results) > 1:
@@ -129,16 +153,44 @@ def closing(
             own = replace(own, run_dir=facts.run_dir / f"{result.split}_{result.dataset}")
         if number < len(results) - 1:  # the run's time and files come once, last
             own = replace(own, wall_time=None, files={})
-        own.run_dir.mkdir(parents=True, exist_ok=True)
-        lines += _close_one(base, result.evaluation, log_rows, own)
-    return lines
+        one = _close_one(base, result.evaluation, log_rows, own)
+        said = Closing(said.lines + one.lines, said.error or one.error)
+    return said
+
+
+def close_evaluation(
+    base: Base,
+    results: Sequence[Result],
+    checkpoint: Path,
+    log_rows: Sequence[Mapping[str, Any]],
+    facts: RunFacts,
+    *,
+    expected: Expected | None = None,
+) -> Closing:
+    """`closing` for a checkpoint that was evaluated by itself: its metrics are written, too."""
+    path, failed = facts.run_dir / "metrics.json", None
+    files = {"metrics": path, "checkpoint": checkpoint}
+    try:
+        write_metrics(path, checkpoint, named_metrics(results))
+    except OSError as error:
+        failed = error
+        del files["metrics"]
+    said = closing(base, results, log_rows, replace(facts, files=files), expected=expected)
+    return Closing(said.lines, failed or said.error)
 
 
 def _close_one(
     base: Base, evaluation: Evaluation | None, log_rows: Sequence[Mapping[str, Any]], facts: RunFacts
-) -> list[str]:
-    report = base.task.write_report(facts.run_dir, evaluation, log_rows, facts)
-    return list(base.task.summary(evaluation, replace(facts, files={**report, **facts.files})))
+) -> Closing:
+    report: dict[str, Path] = {}
+    failed = None
+    try:
+        facts.run_dir.mkdir(parents=True, exist_ok=True)
+        report = base.task.write_report(facts.run_dir, evaluation, log_rows, facts)
+    except OSError as error:
+        failed = error
+    files = {**report, **facts.files}
+    return Closing(list(base.task.summary(evaluation, replace(facts, files=files))), failed)
 
 
 def write_metrics(path: Path, checkpoint: Path, metrics: Mapping[str, float]) -> None:

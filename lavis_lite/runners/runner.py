@@ -31,7 +31,7 @@ from lavis_lite.runners import resume
 from lavis_lite.runners.compiling import backward_errors
 from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
-from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device
+from lavis_lite.runners.setup import build_base, build_parts, describe, to_device, to_evaluate
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed, straggling
 from lavis_lite.tasks.base import RunFacts
 
@@ -401,9 +401,10 @@ class Runner:
         }
         facts = RunFacts(self.run_dir, self._elapsed(), config=self.cfg.to_yaml(), files=files)
         rows = read_rows(self.run_dir / resume.LOG_FILE)
-        lines = ev.closing(self.parts, self.results, rows, facts, expected=self.cfg.expected)
-        resume.save_summary(self.cfg, self.state.step, lines, self.state.metrics)
-        self._print(lines)
+        said = ev.closing(self.parts, self.results, rows, facts, expected=self.cfg.expected)
+        if said.error is None:
+            resume.save_summary(self.cfg, self.state.step, said.lines, self.state.metrics)
+        self._tell(said)
 
     def _say_stopped(self) -> None:
         received = self.signals.received
@@ -417,9 +418,11 @@ class Runner:
             raise KeyboardInterrupt
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate a checkpoint on the test splits; the metrics. Which one: see `build_for_evaluation`.
+        """Evaluate a checkpoint on the test splits; the metrics. Which one: see `to_evaluate`.
 
         Prints the summary and writes metrics.json and the report to <output_dir>/evaluation/.
+
+        Raises ConfigError, before anything is evaluated, where nothing can be written there.
         """
         dist.init(self.cfg.run.timeout)
         with speaking_once(lambda: "in the evaluation; the same command evaluates again"):
@@ -429,20 +432,25 @@ class Runner:
 
     def _evaluate(self) -> dict[str, float]:
         run = self.cfg.run
-        base, source = build_for_evaluation(self.cfg)
+        source, folder = to_evaluate(self.cfg), self.run_dir / "evaluation"
+        if dist.is_main():
+            ev.make_folder(folder, source)
+        dist.barrier()  # no rank loads a model for nothing
+        base = build_base(self.cfg, model_cfg={**self.cfg.model, "pretrained": str(source)})
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
         logger.info("evaluating %s on %s", source, ", ".join(run.test_splits))
-        folder = self.run_dir / "evaluation"
         results = ev.evaluate_splits(base, run.test_splits, seed=run.seed, final=True, folder=folder)
-        metrics = ev.named_metrics(results)
         if dist.is_main():
-            ev.write_metrics(folder / "metrics.json", source, metrics)
-            files = {"metrics": folder / "metrics.json", "checkpoint": source}
-            facts = RunFacts(folder, self._elapsed(), config=self.cfg.to_yaml(), files=files)
+            facts = RunFacts(folder, self._elapsed(), config=self.cfg.to_yaml())
             rows = read_rows(self.run_dir / resume.LOG_FILE)
-            lines = ev.closing(base, results, rows, facts, expected=self.cfg.expected)
-            self._print(lines)
-        return metrics
+            self._tell(ev.close_evaluation(base, results, source, rows, facts, expected=self.cfg.expected))
+        return ev.named_metrics(results)
+
+    def _tell(self, said: ev.Closing) -> None:
+        """Print the closing lines, also where a full disk took no report; that is raised then."""
+        self._print(said.lines)
+        if said.error is not None:
+            raise said.error
 
     def _print(self, lines: list[str]) -> None:
         if dist.is_main():

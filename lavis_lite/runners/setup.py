@@ -237,8 +237,8 @@ def _ratios(given: Mapping[str, float | None]) -> list[float] | None:
     return [ratio for ratio in given.values() if ratio is not None]
 
 
-def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
-    """What evaluation needs, and the checkpoint whose weights the model has.
+def to_evaluate(cfg: Config) -> Path:
+    """The checkpoint whose weights an evaluation is of.
 
     That is run.checkpoint if set, else the best (or newest) checkpoint of output_dir, else model.pretrained: a
     fine-tuning run's file names where it began, and what it made of that is what one wants to know.
@@ -250,8 +250,7 @@ def build_for_evaluation(cfg: Config) -> tuple[Base, Path]:
         raise CheckpointError(
             f"nothing to evaluate: '{cfg.run.output_dir}' has no checkpoint; train, or set run.checkpoint"
         )
-    source = Path(chosen)
-    return build_base(cfg, model_cfg={**cfg.model, "pretrained": str(source)}), source
+    return Path(chosen)
 
 
 def to_device(samples: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
