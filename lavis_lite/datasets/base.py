@@ -27,7 +27,11 @@ class UnreadableSample(Exception):
 
 @runtime_checkable
 class Rows(Protocol):
-    """Rows by number, all a loader asks for. Everything random in a row is a pure function of (index, seed)."""
+    """Rows by number, all a loader asks for. Everything random in a row is a pure function of (index, seed).
+
+    A dataset may declare what its rows are, which models and tasks then check before a run begins: `visual`, "image" or
+    "video", and `texts`, "captions" or "questions" (with answers as `text_output`).
+    """
 
     name: str
 

@@ -52,11 +52,12 @@ class ImageTextDataset:
         name
             (its splits and parts) share the numbers their files declare.
 
-    visual: the batch's key of what is seen. kind: of its files. `_see` and `_picture` are what a dataset of other files
-    replaces.
+    visual: the batch's key of what is seen. texts: what goes with it, captions or questions with answers. kind: of its
+    files. `_see` and `_picture` are what a dataset of other files replaces.
     """
 
     visual: ClassVar[str] = "image"
+    texts: ClassVar[str] = "captions"
     kind: ClassVar[Kind] = PICTURES
 
     def __init__(

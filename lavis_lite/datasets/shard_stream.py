@@ -67,10 +67,11 @@ class ShardStream:
         form: what the members of a sample are.
         vis_processor, text_processor, name: as of `ImageTextDataset`.
 
-    visual: the batch's key of what is seen; `_see` is what a stream of other files replaces.
+    visual, texts: as of `ImageTextDataset`; `_see` is what a stream of other files replaces.
     """
 
     visual: ClassVar[str] = "image"
+    texts: ClassVar[str] = "captions"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,8 @@ class QuestionDataset(ImageTextDataset):
 
     Answers are learnt, and scored against, as their file has them.
     """
+
+    texts: ClassVar[str] = "questions"
 
     @property
     def answered(self) -> bool:

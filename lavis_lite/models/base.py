@@ -98,6 +98,12 @@ class BaseModel(nn.Module):
         """
         return dict(tensors), self.optional_keys
 
+    def check_rows(self, dataset: Any) -> None:
+        """Raise ConfigError, with the dataset's name, where `forward` couldn't do with batches of its rows.
+
+        dataset: what it declares of its rows, see `datasets.base.Rows`; of one that declares nothing nothing is known.
+        """
+
     def keep_frozen(self, file: Path, *, write: bool = True) -> list[str]:
         """Where frozen parts have weights that no file gave, write these; its checkpoints then name that file.
 

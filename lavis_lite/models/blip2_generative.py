@@ -172,6 +172,21 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         """The family of the frozen language model by transformers' name, such as opt or t5."""
         return str(self.language_model.model.config.model_type)
 
+    def check_rows(self, dataset: Any) -> None:
+        """Raise ConfigError for captions where the prompt asks questions, and for questions where it has no place for
+        them."""
+        texts, out = getattr(dataset, "texts", None), f"leave it out with datasets.{dataset.name}=null"
+        if self.takes_questions and texts == "captions":
+            raise ConfigError(
+                f"dataset '{dataset.name}' has captions and no answers, and model.prompt '{self.prompt}' asks "
+                f"questions: {out}, or train on captions in a run of its own"
+            )
+        if not self.takes_questions and texts == "questions":
+            raise ConfigError(
+                f"dataset '{dataset.name}' has questions, for which model.prompt '{self.prompt}' has no place: set it "
+                f"to what asks one, with {QUESTION} in its place, such as 'Question: {QUESTION} Answer:', or {out}"
+            )
+
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The language model's loss on a batch's texts, or on its answers where the prompt takes questions.
 

@@ -144,6 +144,14 @@ class Blip2QFormer(Blip2Base):
 
     # Training
 
+    def check_rows(self, dataset: Any) -> None:
+        """Raise ConfigError for clips."""
+        if getattr(dataset, "visual", None) == "video":
+            raise ConfigError(
+                f"dataset '{dataset.name}' shows clips, and a stage-1 model takes pictures alone: leave it out with "
+                f"datasets.{dataset.name}=null, or use a stage-2 model, such as model.arch=blip2_opt"
+            )
+
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The three losses of a batch of pairs and their sum.
 

@@ -31,7 +31,7 @@ from lavis_lite.runners import resume
 from lavis_lite.runners.compiling import backward_errors
 from lavis_lite.runners.faults import speaking_once
 from lavis_lite.runners.saving import CheckpointSaver
-from lavis_lite.runners.setup import build_base, build_parts, describe, to_device, to_evaluate
+from lavis_lite.runners.setup import build_for_evaluation, build_parts, describe, to_device, to_evaluate
 from lavis_lite.runners.state import RunResult, TrainState, Window, mix_seed, straggling
 from lavis_lite.tasks.base import RunFacts
 
@@ -436,7 +436,7 @@ class Runner:
         if dist.is_main():
             ev.make_folder(folder, source)
         dist.barrier()  # no rank loads a model for nothing
-        base = build_base(self.cfg, model_cfg={**self.cfg.model, "pretrained": str(source)})
+        base = build_for_evaluation(self.cfg, source)
         ev.check_splits(base.datasets, run.test_splits, where="run.test_splits", required=True)
         logger.info("evaluating %s on %s", source, ", ".join(run.test_splits))
         results = ev.evaluate_splits(base, run.test_splits, seed=run.seed, final=True, folder=folder)

@@ -31,6 +31,7 @@ from lavis_lite.runners.changed_data import note_data
 from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
+from lavis_lite.runners.fit import check_evaluation, check_training
 from lavis_lite.runners.resume import FROZEN_FILE, StartPoint
 from lavis_lite.tasks.base import EvalArgs
 
@@ -99,8 +100,8 @@ def build_base(
 def build_parts(cfg: Config, start: StartPoint) -> Parts:
     """Everything training needs, with a checkpoint's contents where the run continues one, and its data in the state.
 
-    Raises ConfigError among others where the data is not what it was at the checkpoint (`note_data`), or the number of
-    processes with `run.max_epochs`.
+    Raises ConfigError among others where task, model and data don't fit each other, where the data is not what it was
+    at the checkpoint (`note_data`), or the number of processes with `run.max_epochs`.
     """
     run, state = cfg.run, start.state
     resumed = start.checkpoint is not None
@@ -123,7 +124,10 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
     _keep_frozen(base.model, Path(run.output_dir) / FROZEN_FILE)
     # Before features of other data than the run's are made.
-    note_data(state, list(_trained_on(cfg, base.datasets).values()), allowed=run.allow_changed_data)
+    trained_on = list(_trained_on(cfg, base.datasets).values())
+    note_data(state, trained_on, allowed=run.allow_changed_data)
+    check_training(base.model, trained_on)
+    check_evaluation(base.task, base.model, base.datasets, run.valid_splits)
     if run.cache_features:
         with encoder_placed(base) as encoder:
             base.datasets = with_features(cfg, base.datasets, encoder)
@@ -251,6 +255,13 @@ def to_evaluate(cfg: Config) -> Path:
             f"nothing to evaluate: '{cfg.run.output_dir}' has no checkpoint; train, or set run.checkpoint"
         )
     return Path(chosen)
+
+
+def build_for_evaluation(cfg: Config, source: Path) -> Base:
+    """What evaluates a checkpoint's weights; ConfigError where the task can't do so on the splits."""
+    base = build_base(cfg, model_cfg={**cfg.model, "pretrained": str(source)})
+    check_evaluation(base.task, base.model, base.datasets, cfg.run.test_splits)
+    return base
 
 
 def to_device(samples: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -94,10 +94,15 @@ def answers_of(
     """
     if not confidence:
         return [Said(text, None) for text in model.predict_answers(samples, **settings)]
-    if not hasattr(model, "predict_answers_with_scores"):
-        raise ConfigError(f"confidence: model {type(model).__name__} doesn't tell how likely its answers are")
+    check_confidence(model)
     found = model.predict_answers_with_scores(samples, **settings)
     return [Said(*pair) for pair in zip(found.texts, found.confidences, strict=True)]
+
+
+def check_confidence(model: Any) -> None:
+    """Raise ConfigError for a model that doesn't tell how likely its answers are."""
+    if not hasattr(model, "predict_answers_with_scores"):
+        raise ConfigError(f"confidence: model {type(model).__name__} doesn't tell how likely its answers are")
 
 
 def ask_questions(

@@ -74,11 +74,18 @@ class RunFacts:
     comparison: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
 
 
+def check_rows(model: Any, dataset: Any) -> None:
+    """Raise ConfigError for a dataset whose rows the model can't compute its losses of; see `BaseModel.check_rows`."""
+    check = getattr(model, "check_rows", None)
+    if check is not None:
+        check(dataset)
+
+
 class BaseTask:
     """A task without retrieval or generation: held-out means of what the model's forward returns.
 
-    Subclasses override `evaluate` and, where a plain table of metrics does not do, `metric_lines` and
-    `report_sections`.
+    Subclasses override `evaluate`, what it needs of model and rows in `check_fit`, and, where a plain table of metrics
+    does not do, `metric_lines` and `report_sections`.
 
     loss_batch_size, loss_batches: at most so many whole batches of that many samples are drawn for the
     losses (a contrastive loss depends on the batch size, so it does not follow the run's).
@@ -99,6 +106,18 @@ class BaseTask:
         final: False in mid-training, where a task may leave out what takes long.
         """
         return Evaluation(self.losses(model, dataset, loader_args))
+
+    def check_fit(self, model: Any, dataset: Any) -> None:
+        """Raise ConfigError where `evaluate` couldn't do with this model and dataset; reads no row.
+
+        A run calls it for every dataset it will evaluate before its first step. Here it asks nothing, as subclasses
+        need different things.
+        """
+
+    def check_losses(self, model: Any, dataset: Any) -> None:
+        """`check_fit` of `losses`: what the model says of such rows, if any are to be drawn."""
+        if self.loss_batches > 0:
+            check_rows(model, dataset)
 
     def losses(self, model: nn.Module, dataset: Any, loader_args: EvalArgs) -> dict[str, float]:
         """Held-out means of the scalars the model's forward returns, with dropout off."""

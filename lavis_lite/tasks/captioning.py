@@ -92,14 +92,25 @@ class CaptioningTask(BaseTask):
         self.images_in_training = images_in_training
         self.num_examples = num_examples
 
+    def check_fit(self, model: Any, dataset: Any) -> None:
+        """Raise ConfigError for a model that can't generate, and for rows without captions or of which it can't compute
+        the loss."""
+        if not hasattr(model, "generate"):
+            raise ConfigError(f"task captioning: model {type(model).__name__} doesn't generate texts")
+        if getattr(dataset, "texts", None) == "questions":
+            raise ConfigError(
+                f"task captioning: dataset '{dataset.name}' has questions and no captions; set task.name=vqa, or leave "
+                f"it out of the evaluation with datasets.{dataset.name}.<split>=null"
+            )
+        self.check_losses(model, dataset)
+
     def evaluate(self, model: Any, dataset: Any, *, loader_args: EvalArgs, final: bool = True) -> Evaluation:
         """Captions and scores of one split; see the class for the metrics.
 
         model: a `CaptioningModel`. dataset: with `record(row)`, as `ImageTextDataset`.
-        Raises ConfigError for a model that can't generate, DataError without a readable image.
+        Raises ConfigError as `check_fit`, DataError without a readable image.
         """
-        if not hasattr(model, "generate"):
-            raise ConfigError(f"task captioning: model {type(model).__name__} doesn't generate texts")
+        self.check_fit(model, dataset)
         metrics = self.losses(model, dataset, loader_args)
         chosen = self._rows(len(dataset), final)
         path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None

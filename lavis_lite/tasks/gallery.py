@@ -22,6 +22,11 @@ SIMILARITY_BLOCK = 1 << 24
 TEXTS_PER_BATCH = 256
 
 
+# What of a `MatchingModel` compares images with texts, and what besides re-ranks them.
+ENCODING = ("encode_image", "query_features", "tokenize", "text_features")
+MATCHING = ("project_image", "project_text", "match_logits", "temp")
+
+
 class MatchingModel(Protocol):
     """What a model must offer to be evaluated on retrieval: each half once per item, the match per pair."""
 

@@ -23,7 +23,7 @@ from lavis_lite.metrics.retrieval import (
 )
 from lavis_lite.tasks.base import BaseTask, EvalArgs, Evaluation
 from lavis_lite.tasks.examples import Examples, draw_examples
-from lavis_lite.tasks.gallery import Gallery, encode_gallery
+from lavis_lite.tasks.gallery import ENCODING, MATCHING, Gallery, encode_gallery
 from lavis_lite.tasks.heldout import evaluating
 from lavis_lite.tasks.rerank import FORMS, Matches, match_candidates, pair_scores
 from lavis_lite.tasks.summary import RECALLS, loss_table, retrieval_table, table_lines
@@ -94,12 +94,26 @@ class ImageTextPretrainTask(BaseTask):
         self.itm_weight = itm_weight
         self.num_examples = num_examples
 
+    def check_fit(self, model: Any, dataset: Any) -> None:
+        """Raise ConfigError for a model without features of images and texts to compare, or where it is re-ranked
+        without a matching head, and for rows of which it can't compute the losses."""
+        reranks = self.rerank != "none" and max(self.k_test, self.k_test_in_training) > 0
+        needed = (*ENCODING, *MATCHING) if reranks else ENCODING
+        lacking = next((name for name in needed if not hasattr(model, name)), None)
+        if lacking is not None:
+            raise ConfigError(
+                f"task retrieval: model {type(model).__name__} doesn't match pictures with texts (it has no "
+                f"`{lacking}`); use a stage-1 model, such as model.arch=blip2, or task.name=captioning or vqa"
+            )
+        self.check_losses(model, dataset)
+
     def evaluate(self, model: Any, dataset: Any, *, loader_args: EvalArgs, final: bool = True) -> Evaluation:
         """Losses and retrieval on one split; see the class for the metrics.
 
         model: a `MatchingModel`. dataset: rows are images, `captions(row)` gives their texts.
-        Raises DataError when the split has no readable image or no caption.
+        Raises ConfigError as `check_fit`, DataError when the split has no readable image or no caption.
         """
+        self.check_fit(model, dataset)
         metrics = self.losses(model, dataset, loader_args)
         k = self.k_test if final else self.k_test_in_training
         with evaluating(model):

@@ -17,6 +17,7 @@ from lavis_lite.tasks.answers import (
     Answered,
     Answering,
     ask_questions,
+    check_confidence,
     clean_answers,
     read_answer_list,
     write_predictions,
@@ -135,19 +136,32 @@ class VqaTask(BaseTask):
         self.num_examples = num_examples
         self._warned_of_few = False
 
+    def check_fit(self, model: Any, dataset: Any) -> None:
+        """Raise ConfigError for a model that can't answer, or not tell its confidence where that is asked for, and for
+        rows without questions or of which it can't compute the loss."""
+        if not hasattr(model, "predict_answers"):
+            raise ConfigError(
+                f"task vqa: model {type(model).__name__} doesn't answer questions; use a stage-2 model, such as "
+                "model.arch=blip2_opt"
+            )
+        if self.confidence:
+            check_confidence(model)
+        if not hasattr(dataset, "answered"):
+            raise ConfigError(
+                f"task vqa: dataset '{dataset.name}' has no questions; use `builder: vqa`, or leave it out of the "
+                f"evaluation with datasets.{dataset.name}.<split>=null"
+            )
+        if _has_loss(model, dataset):
+            self.check_losses(model, dataset)
+
     def evaluate(self, model: Any, dataset: Any, *, loader_args: EvalArgs, final: bool = True) -> Evaluation:
         """Answers and accuracies of one split; see the class for the metrics.
 
         model: an `AnsweringModel`. dataset: of questions, as `QuestionDataset`.
-        Raises ConfigError for a model that can't answer or a dataset without questions, DataError without a readable
-        image.
+        Raises ConfigError as `check_fit`, DataError without a readable image.
         """
-        if not hasattr(model, "predict_answers"):
-            raise ConfigError(f"task vqa: model {type(model).__name__} doesn't answer questions")
-        if not hasattr(dataset, "answered"):
-            raise ConfigError(f"task vqa: dataset '{dataset.name}' has no questions; use `builder: vqa`")
-        learns = dataset.answered and getattr(model, "takes_questions", True)
-        metrics = self.losses(model, dataset, loader_args) if learns else {}
+        self.check_fit(model, dataset)
+        metrics = self.losses(model, dataset, loader_args) if _has_loss(model, dataset) else {}
         chosen = self._rows(len(dataset), final)
         path = loader_args.folder / f"predictions_{loader_args.label}.json" if loader_args.folder else None
         with keeping_predictions(loader_args) as so_far:
@@ -228,6 +242,11 @@ class VqaTask(BaseTask):
         shown = examples_sections(details.examples) if details.examples else []
         looks = [looks_section(details.looks)] if details.looks else []
         return [scores_section(evaluation.metrics, details.types), *shown, *looks]
+
+
+def _has_loss(model: Any, dataset: Any) -> bool:
+    """Whether there are answers, and a model that learns them: the prompt of a zero-shot one may take no question."""
+    return bool(dataset.answered) and bool(getattr(model, "takes_questions", True))
 
 
 def _closed_list(given: Sequence[Any] | str | None) -> list[str] | None:
