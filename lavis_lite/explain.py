@@ -9,7 +9,7 @@ from typing import Any, cast
 from lavis_lite.api import build_recipe, load_preprocess
 from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
-from lavis_lite.common.io import atomic_write
+from lavis_lite.common.io import atomic_write, check_writable
 from lavis_lite.common.model_recipe import model_recipe
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import UnreadableSample
@@ -36,8 +36,8 @@ def explain_file(
         model: name/type, e.g. "blip2/shapes", or a run's folder. Others as of `Blip2QFormer.explain`.
 
     Returns: what the page shows.
-    Raises ConfigError for a malformed name or a model without a matching head, DataError for a picture that can't be
-    read, InputError as `Blip2QFormer.explain`; all before the model is built.
+    Raises ConfigError for a malformed name, a model without a matching head or a page that can't be written, DataError
+    for a picture that can't be read, InputError as `Blip2QFormer.explain`; all before the model is built.
     """
     recipe = model_recipe(model, checkpoint=checkpoint)
     if not hasattr(registry.get_model_class(recipe.arch), "explain"):
@@ -50,6 +50,7 @@ def explain_file(
         shown = read_image(image)
     except UnreadableSample as error:
         raise DataError(f"--image '{image}': {error.reason}") from error
+    check_writable(out, where="--out")
     built = build_recipe(recipe, True, str(choose_device(device, where="--device")))
     vision, language = load_preprocess(recipe.preprocess)
     stack = vision["eval"](shown).expand(len(texts), -1, -1, -1)

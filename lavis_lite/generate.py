@@ -16,6 +16,7 @@ from rich.progress import track
 from lavis_lite.api import load_model_and_preprocess
 from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
+from lavis_lite.common.io import check_writable
 from lavis_lite.common.logging import console, get_logger
 from lavis_lite.common.model_recipe import is_run, model_recipe
 from lavis_lite.datasets.base import UnreadableSample
@@ -70,16 +71,25 @@ def generate_files(
         settings: of the model's `generate`.
 
     Returns: how many pictures couldn't be read.
-    Raises ConfigError for a model without `generate` or a malformed name, DataError when there is no picture.
+    Raises ConfigError for a model without `generate`, a prompt for one that takes none, a malformed name, a batch size
+    below 1 and a file that can't be written, DataError when there is no picture.
     """
     prompted = {} if prompt is None else {"prompt": prompt}
+
+    def check(built: Any) -> None:
+        if not hasattr(built, "generate"):
+            raise ConfigError(f"--model '{model}': this model generates no text")
+        if prompt and not getattr(built, "takes_prompt", True):
+            raise ConfigError(
+                f"--prompt: model '{model}' takes none: leave it out, or use a stage-2 model, such as blip2_opt/shapes"
+            )
 
     def say(speaker: Speaker, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
         said, number = speaker.model.generate({**shown, **prompted}, **settings), _count(shown)
         each = len(said) // number
         return [[{"text": text} for text in said[i * each : (i + 1) * each]] for i in range(number)]
 
-    return _write_lines(model, images, place, say, needs="generate")
+    return _write_lines(model, images, place, check, say, label="generate")
 
 
 def answer_files(
@@ -123,6 +133,12 @@ def answer_files(
                 num_ans_candidates,
             )
 
+    def check(built: Any) -> None:
+        if not hasattr(built, "predict_answers"):
+            raise ConfigError(
+                f"--model '{model}': this model answers no questions; use a stage-2 model, such as blip2_opt/shapes"
+            )
+
     def say(speaker: Speaker, shown: dict[str, torch.Tensor]) -> list[list[Row]]:
         rows: list[list[Row]] = [[] for _ in range(_count(shown))]
         for question in questions:
@@ -132,7 +148,7 @@ def answer_files(
                 own.append({"question": question, "answer": said.text, **told})
         return rows
 
-    return _write_lines(model, images, place, say, needs="predict_answers")
+    return _write_lines(model, images, place, check, say, label="predict answers")
 
 
 def default_frames(model: str) -> int:
@@ -141,14 +157,28 @@ def default_frames(model: str) -> int:
     return int(video.get("num_frames", NUM_FRAMES)) if video else FRAMES
 
 
-def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, needs: str) -> int:
+def _write_lines(
+    model: str,
+    images: Sequence[str],
+    place: Place,
+    check: Callable[[Any], None],
+    say: Say,
+    *,
+    label: str,
+) -> int:
+    """check: raises ConfigError for a model that can't say it. label: of the progress display."""
+    if place.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {place.batch_size}")
     medium = Medium.of(place)
     paths = list(_files(images, medium))
+    if (
+        place.out
+    ):  # before the model, which takes minutes; opened after it, so that an old file is not lost to a mistake
+        check_writable(place.out, where="--out")
     device = str(choose_device(place.device, where="--device"))
     built, processors, texts = load_model_and_preprocess(model, None, True, device, place.checkpoint)
     speaker = Speaker(built, _question_processor(texts.get("eval")))
-    if not hasattr(built, needs):
-        raise ConfigError(f"--model '{model}': this model generates no text")
+    check(built)
     read = medium.reader(processors["eval"])
     bad = 0
     with ExitStack() as stack:
@@ -157,7 +187,7 @@ def _write_lines(model: str, images: Sequence[str], place: Place, say: Say, *, n
         )
         batches = range(0, len(paths), place.batch_size)
         shown = console().is_terminal and place.out is not None
-        for start in track(batches, needs.replace("_", " "), console=console(), disable=not shown):
+        for start in track(batches, label, console=console(), disable=not shown):
             for row in _rows(speaker, medium.key, read, paths[start : start + place.batch_size], say):
                 bad += "error" in row
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)

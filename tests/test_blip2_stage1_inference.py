@@ -11,6 +11,7 @@ import torch
 from stage1_helpers import enlarge_weights, tiny_config, tiny_samples, write_tokenizer
 from torch import Tensor
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip2_qformer import Blip2QFormer
 from lavis_lite.models.decoding import DecodingRules, Search, beam_search, decode, sample
@@ -97,6 +98,14 @@ def test_nucleus_sampling(model: Blip2QFormer) -> None:
     assert len(texts) == 8 and len(set(texts)) > 1
     narrow = model.generate(samples, use_nucleus_sampling=True, top_p=1e-6, min_length=3, max_length=8)
     assert narrow == model.generate(samples, num_beams=1, min_length=3, max_length=8)
+
+
+def test_a_prompt_is_refused_where_it_would_be_overlooked(model: Blip2QFormer) -> None:
+    samples = tiny_samples()
+    with pytest.raises(InputError, match=r"samples\['prompt'\]: a stage-1 model takes no prompt"):
+        model.generate({**samples, "prompt": "a photo of"}, num_beams=1, max_length=3, min_length=1)
+    plain = model.generate(samples, num_beams=1, max_length=3, min_length=1)
+    assert plain == model.generate({**samples, "prompt": None}, num_beams=1, max_length=3, min_length=1)
 
 
 def test_generate_does_not_exceed_the_length_of_training(model: Blip2QFormer) -> None:

@@ -55,6 +55,19 @@ def test_every_image_is_captioned_once_with_the_tasks_settings() -> None:
     assert model.training
 
 
+def test_a_model_that_takes_no_prompt_gets_none() -> None:
+    class Promptless(Captioner):
+        takes_prompt = False
+
+        def generate(self, samples: Any, **settings: Any) -> list[str]:
+            assert "prompt" not in samples
+            return super().generate({**samples, "prompt": ""}, **settings)
+
+    model = Promptless()
+    evaluate(Annotated(), model)
+    assert model.calls
+
+
 def test_scores_are_against_the_annotations_not_what_training_made_of_them() -> None:
     evaluation = evaluate(Annotated())
     rows = evaluation.details.rows

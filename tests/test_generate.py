@@ -146,6 +146,81 @@ def test_every_question_is_asked_of_every_picture(
     ]
 
 
+def test_the_file_is_looked_at_before_the_model_is_loaded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.jsonl"
+    old.write_text("old\n")
+    (tmp_path / "locked").mkdir()
+    command = ["generate", "--model", "a/b", "--image", str(pictures / "0.png"), "--out"]
+    fresh = tmp_path / "new" / "folder" / "x.jsonl"
+    main([*command, str(fresh)])
+    assert lines(fresh)[0]["text"] == "- 1 0.0"
+
+    def mistake(out: Path, *options: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(out), *options])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1
+        return error
+
+    monkeypatch.setattr(generate, "load_model_and_preprocess", lambda *_: pytest.fail("loaded"))
+    assert "is a folder; name a file in it" in mistake(tmp_path)
+    assert "no folder" in mistake(old / "x.jsonl")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "may not be written to" in mistake(tmp_path / "locked" / "x.jsonl")
+    for size in ("0", "-2"):
+        assert f"--batch-size must be at least 1, got {size}" in mistake(old, "--batch-size", size)
+    assert old.read_text() == "old\n"
+
+
+def test_a_model_that_takes_no_prompt_or_no_question_says_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.jsonl"
+    old.write_text("old\n")
+    _, processors, _ = generate.load_model_and_preprocess("a/b")
+
+    class Captioner(nn.Module):
+        device, takes_prompt, generate = torch.device("cpu"), False, Echo.generate
+
+    monkeypatch.setattr(generate, "load_model_and_preprocess", lambda *_: (Captioner(), processors, {}))
+    for command, message in (
+        (["generate", "--prompt", "a photo of"], "--prompt: model 'a/b' takes none"),
+        (["answer", "--question", "what?"], "--model 'a/b': this model answers no questions"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--model", "a/b", "--image", str(pictures / "0.png"), "--out", str(old)])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert old.read_text() == "old\n"
+    main(["generate", "--model", "a/b", "--image", str(pictures / "0.png")])
+    assert json.loads(capsys.readouterr().out)["text"] == "- 1 0.0"
+
+
+def test_settings_of_sampling_are_told_where_nothing_is_sampled(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[dict[str, Any]] = []
+    said = Echo.generate
+
+    def generate_and_note(self: Echo, samples: dict[str, Any], **settings: Any) -> list[str]:
+        told.append(settings)
+        return said(self, samples, **settings)
+
+    monkeypatch.setattr(Echo, "generate", generate_and_note)
+    command = ["generate", "--model", "a/b", "--image", str(pictures / "0.png")]
+    main(command)
+    assert not capsys.readouterr().err and not {"top_p", "temperature"} & told[0].keys()
+    main([*command, "--top-p", "0.5", "--temperature", "2"])
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --top-p has no effect without --sample",
+        "warning: --temperature has no effect without --sample",
+    ]
+    main([*command, "--sample", "--top-p", "0.5"])
+    assert not capsys.readouterr().err and told[-1]["top_p"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("own", "asked"),
     [

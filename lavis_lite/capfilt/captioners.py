@@ -37,6 +37,8 @@ def build_captioner(settings: Settings, device: torch.device, precision: str) ->
     model, processors, _ = load_model_and_preprocess(named.name, None, True, str(device), named.checkpoint)
     if not hasattr(model, "generate"):
         raise ConfigError(f"--captioner '{settings.captioner}': this model generates no text")
+    if settings.prompt and not getattr(model, "takes_prompt", True):
+        raise ConfigError(f"--prompt: --captioner '{settings.captioner}' takes none; leave it out")
     return OurCaptioner(model, processors["eval"], settings, autocast(device, precision))
 
 

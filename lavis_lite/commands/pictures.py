@@ -24,14 +24,15 @@ def generate_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite 
     parser.add_argument("--min-length", type=int, default=1, metavar="N")
     parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="texts for each picture")
     parser.add_argument("--sample", action="store_true", dest="use_nucleus_sampling", help="draw, not search")
-    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    parser.add_argument("--top-p", type=float, metavar="P", help="of --sample; 0.9")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of --sample; 1.0")
     parser.add_argument("--length-penalty", type=float, default=1.0, metavar="P")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P")
     arguments = vars(parser.parse_args(argv))
     with one_line_errors(debug=arguments.pop("debug")):
         from lavis_lite.generate import generate_files
 
+        _take_sampling(arguments)
         model, images, place = _take_picture_arguments(arguments)
         _tell_unreadable(generate_files(model, images, place, **arguments))
 
@@ -76,6 +77,15 @@ def answer_main(argv: Sequence[str] | None = None, *, prog: str = "lavis-lite an
 
         model, images, place = _take_picture_arguments(arguments)
         _tell_unreadable(answer_files(model, images, arguments.pop("questions"), place, **arguments))
+
+
+def _take_sampling(arguments: dict[str, Any]) -> None:
+    """Leave only those settings of sampling that were given, with a line where nothing is sampled."""
+    for name in ("top_p", "temperature"):
+        if arguments[name] is None:
+            del arguments[name]
+        elif not arguments["use_nucleus_sampling"]:
+            say(f"warning: --{name.replace('_', '-')} has no effect without --sample")
 
 
 def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:

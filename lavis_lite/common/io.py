@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from lavis_lite.common.errors import ConfigError
+
 TEMPORARY = ".tmp-"
 # What a folder is called from when it lost its name to its successor until it is gone.
 REPLACED = f"{TEMPORARY}replaced-"
@@ -50,6 +52,22 @@ def _sync_all(paths: list[Path]) -> None:
         return
     for path in paths:
         _sync(path)
+
+
+def check_writable(path: str | Path, *, where: str) -> None:
+    """Make the folder of a file that will be written later; an old file of that name stays as it is.
+
+    Raises ConfigError, with the option that named the file, for a folder and where nothing may be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{where}: no folder '{path.parent}' can be made: {error.strerror}") from error
+    if path.is_dir():
+        raise ConfigError(f"{where}: '{path}' is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{where}: '{path}' may not be written to")
 
 
 @contextlib.contextmanager

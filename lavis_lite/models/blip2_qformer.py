@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from lavis_lite.common import dist
 from lavis_lite.common.binding import bind
-from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.errors import ConfigError, InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models import losses
 from lavis_lite.models.base import SECTION_KEYS
@@ -86,6 +86,7 @@ class Blip2QFormer(Blip2Base):
     """
 
     presets: ClassVar[str] = "blip2"
+    takes_prompt: ClassVar[bool] = False  # the ITG decoder was never taught to go on from one
 
     def __init__(
         self,
@@ -393,7 +394,14 @@ class Blip2QFormer(Blip2Base):
             draws: what decides when sampling, see `Search`; without it torch's generator does.
 
         Returns: B * num_captions texts, an image's together.
+
+        Raises InputError for a prompt, which a stage-1 model doesn't take, and ValueError for impossible settings.
         """
+        if samples.get("prompt"):
+            raise InputError(
+                "samples['prompt']: a stage-1 model takes no prompt; leave it out, or use a stage-2 model, such as "
+                "blip2_opt"
+            )
         image = image_of(samples).to(self.device)
         queries = self.encode_queries(self.encode_image(image))
         tokenizer = self.tokenizer

@@ -22,7 +22,7 @@ class CaptioningModel(Protocol):
         """One text per image of {"image": float[B, 3, H, W], "prompt": str}, without the prompt; or per clip of
         {"video": float[B, F, 3, H, W], "prompt": str}.
 
-        max_length, min_length: of new tokens. A model without prompts overlooks it.
+        max_length, min_length: of new tokens. A model that declares `takes_prompt` false gets no prompt.
         """
 
 
@@ -61,9 +61,11 @@ def caption_images(
 ) -> list[Captioned]:
     """Captions of the rows whose picture can be read, in their order; the same on every rank."""
 
+    prompted = {"prompt": decoding.prompt} if getattr(model, "takes_prompt", True) else {}
+
     def say(visual: Mapping[str, Tensor], _: Mapping[str, Any]) -> list[str]:
         return model.generate(
-            {**visual, "prompt": decoding.prompt},
+            {**visual, **prompted},
             num_beams=decoding.num_beams,
             max_length=decoding.max_new_tokens,
             min_length=decoding.min_length,
