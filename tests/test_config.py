@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from lavis_lite.common.binding import bind
 from lavis_lite.common.config import load_config, merge, parse_options, read_project
@@ -14,6 +15,7 @@ from lavis_lite.common.errors import ConfigError, UnknownNameError
 from lavis_lite.common.expected import Expected
 from lavis_lite.common.registry import Table, registry
 from lavis_lite.common.run_config import RunConfig
+from lavis_lite.datasets.named import named_section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGE1 = REPOSITORY / "projects/blip2/pretrain_stage1.yaml"
@@ -147,6 +149,43 @@ def test_of_several_bases_later_ones_lie_above(tmp_path: Path) -> None:
         ConfigError, match=r"child.yaml: base: expected the name of a file, or a list of them"
     ):
         read_project(tmp_path / "child.yaml")
+
+
+def test_null_removes_a_dataset_that_lies_beneath(tmp_path: Path) -> None:
+    both = {"shapes_caption": {}, "own": {"train": {"images": "x"}}}
+    child, mixin, base = (tmp_path / f"{name}.yaml" for name in ("child", "mixin", "base"))
+    base.write_text(yaml.safe_dump({"base": str(STAGE1), "datasets": both}))
+    assert set(load_config(base).datasets) == {"shapes_caption", "own"}
+    assert set(load_config(base, ["datasets.own=null"]).datasets) == {"shapes_caption"}
+    child.write_text("base: base.yaml\ndatasets: {shapes_caption: null}")
+    assert set(load_config(child).datasets) == {"own"}
+    assert load_config(child, ["datasets.own=null"]).datasets == {}
+    # Back by its preset, from which the base's keys are gone.
+    again = load_config(child, ["datasets.shapes_caption={}"]).datasets
+    assert set(again) == {"own", "shapes_caption"}
+    mixin.write_text("datasets:\n  own:\n")
+    child.write_text("base: [base.yaml, mixin.yaml]")
+    assert set(load_config(child).datasets) == {"shapes_caption"}
+
+
+def test_a_null_that_removes_nothing_is_an_error(tmp_path: Path) -> None:
+    for option, message in (
+        (
+            "datasets.shapes_captoin=null",
+            r"datasets\.shapes_captoin: null removes .*did you mean 'shapes_caption'",
+        ),
+        ("datasets.x=null", r"\(datasets: shapes_caption\); write \{\} for its preset"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(STAGE1, [option])
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("datasets:\n  shapes_caption:\n")
+    with pytest.raises(ConfigError, match=r"write \{\} for its preset"):
+        load_config(bare, ["model.arch=blip2", "model.model_type=shapes"])
+    with pytest.raises(ConfigError, match=r"write \{\} for its preset"):
+        named_section(str(bare))
+    with pytest.raises(ConfigError, match="leaves no dataset"):
+        named_section("shapes_caption", ["datasets.shapes_caption=null"])
 
 
 def test_what_is_expected_is_checked_and_kept(tmp_path: Path) -> None:

@@ -63,9 +63,10 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     value of the wrong type, an unknown name, a preset that doesn't exist, a file that can't be read.
     """
     path = Path(path)
-    user = merge(read_project(path), parse_options(options))
+    user = lay_project(read_project(path), parse_options(options))
     _check_keys(user, [*SECTIONS, "imports"], where="the configuration")
     _check_kinds(user)
+    check_removed(user.get("datasets") or {})
     imports = [import_file(name, relative_to=path.parent) for name in user.get("imports") or []]
     preset = load_model_preset(user.get("model") or {})
     model = merge(preset.get("model", {}), user.get("model") or {})
@@ -138,13 +139,44 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def lay_project(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A project file or options laid over what lies beneath, where null removes a dataset.
+
+    A null that finds nothing to remove stays: in a list of bases such a file may lie over another one.
+    """
+    laid = merge(below, above)
+    known, given = below.get("datasets"), above.get("datasets")
+    if isinstance(known, Mapping) and isinstance(given, Mapping):
+        laid["datasets"] = {
+            name: section
+            for name, section in laid["datasets"].items()
+            if section is not None or name not in known or name not in given
+        }
+    return laid
+
+
+def check_removed(datasets: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a dataset that is null where there was none to remove."""
+    for name, section in datasets.items():
+        if section is None:
+            others = [other for other in datasets if other != name]
+            hint = closest(name, others) or f"datasets: {', '.join(others) or 'none'}"
+            raise ConfigError(
+                f"datasets.{name}: null removes a dataset, and no file beneath has one of this name ({hint}); write "
+                "{} for its preset as it is"
+            )
+
+
 def _same_part(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     builders = {part["builder"] for part in (below, above) if "builder" in part}
     return bool(above.get("name", below.get("name")) == below.get("name")) and len(builders) < 2
 
 
 def read_project(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A project file with the files its `base:` names (one, or a list; relative to it) beneath, the first lowest."""
+    """A project file with the files its `base:` names (one, or a list; relative to it) beneath, the first lowest.
+
+    A dataset that is null is removed; one that no base has stays null, see `lay_project`.
+    """
     content = read_yaml(path)
     if seen and isinstance(content.get("imports"), list):  # a base's files lie beside the base
         beside = [(path.parent / str(name), name) for name in content["imports"]]
@@ -158,8 +190,8 @@ def read_project(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         base_path = path.parent / base
         if base_path.resolve() in (*seen, path.resolve()):
             raise ConfigError(f"{path}: 'base: {base}' leads back to a file that is based on this one")
-        below = merge(below, read_project(base_path, seen=(*seen, path.resolve())))
-    return merge(below, content)
+        below = lay_project(below, read_project(base_path, seen=(*seen, path.resolve())))
+    return lay_project(below, content)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

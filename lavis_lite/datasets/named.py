@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.config import PRESETS, dataset_section, merge, parse_options, read_project
+from lavis_lite.common.config import (
+    PRESETS,
+    check_removed,
+    dataset_section,
+    merge,
+    parse_options,
+    read_project,
+)
 from lavis_lite.common.errors import ConfigError, closest
 from lavis_lite.datasets.builders import SPLITS, build_datasets
 
@@ -32,12 +39,15 @@ def named_section(name: str, options: Sequence[str] = ()) -> tuple[str, dict[str
     elif name not in preset_names():
         hint = closest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
         raise ConfigError(f"no dataset preset '{name}' and no YAML file; {hint}")
+    check_removed(datasets)
     (chosen, section), *_ = datasets.items()
     given = parse_options(options).get("datasets") or {}
     unknown = [key for key in given if key != chosen]
     if unknown or len(parse_options(options)) > bool(given):
         raise ConfigError(f"options here are of the form datasets.{chosen}.<key>=<value>")
-    laid = merge({chosen: section or {}}, given)[chosen]
+    if chosen in given and given[chosen] is None:
+        raise ConfigError(f"datasets.{chosen}=null leaves no dataset")
+    laid = merge({chosen: section}, given)[chosen]
     return chosen, dataset_section(chosen, laid)
 
 
