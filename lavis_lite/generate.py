@@ -18,7 +18,7 @@ from lavis_lite.common.device import choose_device
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.io import check_writable
 from lavis_lite.common.logging import console, get_logger
-from lavis_lite.common.model_recipe import is_run, model_recipe
+from lavis_lite.common.model_recipe import model_recipe
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.images import SUFFIXES, read_image
 from lavis_lite.processors.text import BlipCaption, BlipQuestion
@@ -152,9 +152,12 @@ def answer_files(
 
 
 def default_frames(model: str) -> int:
-    """How many frames of a clip a model is shown where nobody says: as in its run's evaluation, else 4."""
-    video = model_recipe(model).video if is_run(model) else {}
-    return int(video.get("num_frames", NUM_FRAMES)) if video else FRAMES
+    """How many frames of a clip a model is shown where nobody says: as in its run's evaluation, else as many as it has
+    frame embeddings, else 4."""
+    recipe = model_recipe(model)
+    if recipe.video:
+        return int(recipe.video.get("num_frames", NUM_FRAMES))
+    return int((recipe.model.get("video") or {}).get("frame_embeddings") or FRAMES)
 
 
 def _write_lines(

@@ -107,6 +107,13 @@ def test_clips_are_seen_by_their_frames(
     ]
 
 
+def test_a_model_with_frame_embeddings_sees_as_many_frames() -> None:
+    assert generate.default_frames("blip2_opt/shapes") == generate.FRAMES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "FRAMES", 7)
+        assert generate.default_frames("blip2_opt/video_shapes") == 4
+
+
 def test_several_texts_and_single_files(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(pictures / "2.png"), str(pictures / "0.png")]
     main(["generate", "--model", "a/b", "--image", *files, "--num-captions", "2", "--batch-size", "1"])

@@ -17,6 +17,7 @@ from lavis_lite.common.config import load_config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
+from lavis_lite.datasets.clip_builders import VideoTextBuilder
 from lavis_lite.datasets.image_text import has_picture_files
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
 from lavis_lite.generate import Place, answer_files, default_frames
@@ -351,6 +352,34 @@ def test_a_models_processor_of_pictures_becomes_that_of_frames(
     fewer = {**section, "vis_processor": {"train": {"num_frames": 3}}}
     found = load_config(project(tmp_path, {"own": fewer})).datasets["own"]["vis_processor"]["train"]
     assert found == {"name": "video", "sampling": "random", "num_frames": 3, "frames": PICTURES["train"]}
+
+
+def test_clips_have_as_many_frames_as_the_model_has_embeddings(tmp_path: Path) -> None:
+    def found(section: dict[str, Any], *options: str) -> Any:
+        options = ("model.video.frame_embeddings=5", *options)
+        return load_config(project(tmp_path, {"own": section}), options).datasets["own"].get("vis_processor")
+
+    clips = {"builder": "video_vqa", **OWN_CLIPS}
+    assert [found(clips)[split].get("num_frames") for split in ("train", "eval")] == [5, 5]
+    assert found(clips)["eval"]["frames"] == PICTURES["eval"]
+    assert "num_frames" not in found(clips, "model.video.frame_embeddings=0")["eval"]
+    fewer = found({**clips, "vis_processor": {"train": {"num_frames": 3}}})
+    assert (fewer["train"]["num_frames"], fewer["eval"]["num_frames"]) == (3, 5)
+    with pytest.raises(
+        ConfigError, match=r"datasets\.own\.vis_processor\.eval\.num_frames: .*=5 frames at most, got 6"
+    ):
+        found(clips, "datasets.own.vis_processor.eval.num_frames=6")
+    # Without a model's preset the builder's own processor is what is completed.
+    alone = {
+        "builder": "video_text",
+        **OWN_CLIPS,
+        "vis_processor": {"eval": {"name": "video", "sampling": "headtail"}},
+    }
+    assert VideoTextBuilder.fit_frames(alone, 2, where="x")["vis_processor"] == {
+        "train": {"num_frames": 2},
+        "eval": {"name": "video", "sampling": "headtail", "num_frames": 2},
+    }
+    assert found({"builder": "image_text", **OWN_CLIPS}) == PICTURES
 
 
 @pytest.mark.parametrize("name", ["msrvtt_caption", "msrvtt_qa", "msvd_caption", "msvd_qa"])

@@ -102,7 +102,7 @@ def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-frames",
         type=int,
         metavar="N",
-        help="of each clip, evenly; as a run's evaluation, by default, and 4 with other models",
+        help="of each clip, evenly; by default as a run's evaluation, else one for each frame embedding, else 4",
     )
     parser.add_argument("--out", metavar="FILE", help="where to write the lines; by default they are printed")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")

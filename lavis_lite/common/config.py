@@ -70,8 +70,10 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     imports = [import_file(name, relative_to=path.parent) for name in user.get("imports") or []]
     preset = load_model_preset(user.get("model") or {})
     model = merge(preset.get("model", {}), user.get("model") or {})
+    preprocess, video = preset.get("preprocess", {}), model.get("video")
+    frames = video.get("frame_embeddings") if isinstance(video, Mapping) else None
     datasets = {
-        name: _with_preprocess(preset.get("preprocess", {}), dataset_section(name, section))
+        name: _with_frames(frames, _with_preprocess(preprocess, dataset_section(name, section)), name)
         for name, section in (user.get("datasets") or {}).items()
     }
     run_defaults = {"output_dir": f"output/{path.stem}"}
@@ -121,6 +123,17 @@ def _with_preprocess(preprocess: Mapping[str, Any], section: Mapping[str, Any]) 
     builder = registry.get_builder_class(str(section.get("builder", "image_text")))
     adapt = getattr(builder, "adapt_preprocess", dict)
     return merge(adapt(preprocess), section)
+
+
+def _with_frames(most: Any, section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A dataset's section for a model whose clips have so many frames at most, if it has such a limit.
+
+    What that means for a builder of clips its class method `fit_frames` says.
+    """
+    builder = registry.get_builder_class(str(section.get("builder", "image_text")))
+    if not isinstance(most, int) or most < 1 or not hasattr(builder, "fit_frames"):
+        return dict(section)
+    return dict(builder.fit_frames(section, most, where=f"datasets.{name}"))
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

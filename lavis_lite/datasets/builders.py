@@ -166,6 +166,30 @@ class ImageTextBuilder:
         return adapted
 
     @classmethod
+    def fit_frames(cls, section: Mapping[str, Any], most: int, *, where: str) -> dict[str, Any]:
+        """The section with so many frames of a clip where it doesn't say how many; it changes nothing of pictures.
+
+        Raises ConfigError for more, which the model has no embeddings for.
+        """
+        given = section.get("vis_processor")
+        given = given if isinstance(given, Mapping) else {}
+        fitted = dict(section)
+        for split, default in cls.default_vis.items():
+            own = given.get(split)
+            processor = merge(default, own) if isinstance(own, Mapping) else default
+            if processor.get("name") != "video":
+                continue
+            frames = processor.get("num_frames")
+            if frames is None:
+                fitted = merge(fitted, {"vis_processor": {split: {**(own or {}), "num_frames": most}}})
+            elif isinstance(frames, int) and frames > most:
+                raise ConfigError(
+                    f"{where}.vis_processor.{split}.num_frames: a clip may have model.video.frame_embeddings={most} "
+                    f"frames at most, got {frames}"
+                )
+        return fitted
+
+    @classmethod
     def validate_config(cls, section: Mapping[str, Any], *, where: str) -> None:
         """Check a section, nested keys included, without touching a data file; raises ConfigError."""
         cls(**bind(cls, section, where=where))

@@ -27,6 +27,7 @@ class ShapesVideoBuilder:
     """
 
     adapt_preprocess = staticmethod(VideoTextBuilder.adapt_preprocess)
+    fit_frames = staticmethod(VideoTextBuilder.fit_frames)
 
     def __init__(
         self,
