@@ -11,7 +11,7 @@ import pytest
 from data_helpers import make_jsonl, save_picture
 from shard_helpers import write_shards
 
-from lavis_lite.common.config import PRESETS, load_dataset_preset
+from lavis_lite.common.config import PRESETS, load_config, load_dataset_preset
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
 from lavis_lite.datasets.image_text import ImageTextDataset
@@ -290,6 +290,14 @@ def test_evaluation_splits_join_the_rows_of_a_picture_and_training_does_not(tmp_
             {"train": {"images": "a"}, "text_processor": {"eval": {"name": "blip_captoin"}}},
             "unknown processor 'blip_captoin', did you mean 'blip_caption'",
         ),
+        (
+            {"val": {"annotations": "a"}, "split_captions": True},
+            "unknown key 'datasets.own.split_captions'; it is one of a split: datasets.own.val.split_captions",
+        ),
+        (
+            {"builder": "vqa", "questions": "a"},
+            "unknown key 'datasets.own.questions'; it is one of a split: datasets.own.train.questions",
+        ),
         ({"builder": "imagetext"}, "unknown builder 'imagetext', did you mean 'image_text'"),
     ],
 )
@@ -297,6 +305,16 @@ def test_mistakes_are_one_line_that_names_the_key(section: dict[str, Any], messa
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         validate_datasets_config({"own": section})
     assert "\n" not in str(caught.value)
+
+
+def test_a_split_s_key_beside_the_splits_is_told_with_the_configuration(tmp_path: Path) -> None:
+    project = tmp_path / "own.yaml"
+    project.write_text(
+        "model: {arch: blip2, model_type: shapes}\ntask: {name: retrieval}\n"
+        "datasets: {own: {train: {images: a}, split_captions: true}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"one of a split: datasets\.own\.train\.split_captions"):
+        load_config(project)
 
 
 def test_a_misspelt_preset_is_recognised() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -190,8 +191,18 @@ class ImageTextBuilder:
         return fitted
 
     @classmethod
+    def check_level(cls, section: Mapping[str, Any], *, where: str) -> None:
+        """Raise ConfigError for a split's key that stands beside the splits."""
+        own, of_split = (inspect.signature(part).parameters for part in (cls, cls.split_class))
+        key = next((key for key in section if key not in own and key in of_split), None)
+        if key is not None:
+            split = next((split for split in SPLITS if section.get(split)), "train")
+            raise ConfigError(f"unknown key '{where}.{key}'; it is one of a split: {where}.{split}.{key}")
+
+    @classmethod
     def validate_config(cls, section: Mapping[str, Any], *, where: str) -> None:
         """Check a section, nested keys included, without touching a data file; raises ConfigError."""
+        cls.check_level(section, where=where)
         cls(**bind(cls, section, where=where))
 
     def build_datasets(self) -> dict[str, MapDataset]:
@@ -296,6 +307,8 @@ def make_builder(name: str, section: Mapping[str, Any] | None) -> Any:
     """The builder of one `datasets` entry, its keywords checked; reads no data file. Raises ConfigError."""
     section = dict(section or {})
     builder = registry.get_builder_class(section.get("builder", "image_text"))
+    if hasattr(builder, "check_level"):
+        builder.check_level(section, where=f"datasets.{name}")
     return builder(**bind(builder, {"name": name, **section}, where=f"datasets.{name}", skip=("builder",)))
 
 
