@@ -324,7 +324,20 @@ def test_a_wrong_configuration_names_the_key(tokenizer: str, changes: dict[str, 
         Blip2QFormer.validate_config(tiny_config(tokenizer, **changes))
 
 
-def test_a_tokenizer_that_is_nowhere_is_one_line() -> None:
+@pytest.mark.parametrize("source", ["./no/such/folder", "tokk", "bert-base-uncased"])
+def test_a_tokenizer_that_is_nowhere_is_one_line(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a name that it doesn't find transformers makes a tokenizer of special tokens, to which all words are one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="no local folder") as caught:
-        Blip2QFormer.from_config(tiny_config("./no/such/folder"))
+        Blip2QFormer.from_config(tiny_config(source))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is a folder without a tokenizer \(found no vocab.txt or tokenizer.json"
+    ):
+        Blip2QFormer.from_config(tiny_config(str(tmp_path)))

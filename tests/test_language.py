@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
         build_language_model({**section, "pretrained": True}).load_pretrained()
     with pytest.raises(ConfigError, match="no tokenizer for"):
         _ = build_language_model({**section, "model_name": str(empty)}).tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_without_words_is_none(tmp_path: Path, family: str) -> None:
+    """transformers makes one of a model's folder without its files, of special tokens alone."""
+    section = tiny_generative_config(tmp_path / "llm", family)["language_model"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps(section["config"]))
+    with pytest.raises(ConfigError, match="no tokenizer for"):
+        _ = build_language_model({**section, "model_name": str(bare)}).tokenizer
 
 
 def test_pretrained_weights_are_loaded_from_a_folder(tmp_path: Path) -> None:

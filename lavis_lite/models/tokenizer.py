@@ -136,15 +136,34 @@ class TextTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
+def has_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer of transformers knows any text.
+
+    Of a name or folder without a vocabulary it may make one of special tokens (and the mark of a blank) alone, to which
+    every text is unknown.
+    """
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return any(letter.isalnum() for token in ordinary for letter in token)
+
+
 def _load(source: str) -> Any:
     from transformers import BertTokenizer  # seconds to import, and only texts need it
 
     folder = SHAPES_FOLDER if source == "shapes" else Path(source).expanduser()
+    local = folder.is_dir()
     try:
-        return BertTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
+        tokenizer = BertTokenizer.from_pretrained(str(folder) if local else source)
+        if not has_words(tokenizer):
+            raise ValueError("found no vocab.txt or tokenizer.json with words")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = (
+            "is a folder without a tokenizer"
+            if local
+            else "is no local folder and can't be loaded from the hub"
+        )
         raise ConfigError(
-            f"model.tokenizer: '{source}' is no local folder and can't be loaded from the hub ({reason}); "
-            "give the folder of a saved BERT tokenizer, or 'shapes' for the embedded world's"
+            f"model.tokenizer: '{source}' {what} ({reason}); give the folder of a saved BERT tokenizer, or 'shapes' "
+            "for the embedded world's"
         ) from error
+    return tokenizer

@@ -12,6 +12,7 @@ import torch
 
 from lavis_lite.common.errors import CheckpointError, ConfigError, MissingDependencyError
 from lavis_lite.models.language.lora import LoraConfig
+from lavis_lite.models.tokenizer import has_words
 
 EMBEDDED = {
     name: Path(__file__).resolve().parents[2]
@@ -119,6 +120,8 @@ def load_tokenizer(config: LanguageModelConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source_of(config.model_name))
+        if not has_words(tokenizer):
+            raise ValueError("its files hold no vocabulary")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.language_model: no tokenizer for '{config.model_name}': {_reason(error)}; give a local folder as "
