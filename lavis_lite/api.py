@@ -30,7 +30,7 @@ def load_model(
         name: a registered model, e.g. "blip2"; without a type, the folder of a run, whose configuration says how
             its model is built, e.g. "output/my_run"; Python files that it imports are run.
         model_type: one of its presets, e.g. "shapes" (`model_zoo` lists them).
-        is_eval: put it in evaluation mode.
+        is_eval: put it in evaluation mode; a warning names parts that no checkpoint has trained.
         device: where to put it, e.g. "cpu", "cuda:0", "mps".
         checkpoint: a run's folder, a checkpoint's folder or a weights file; without it the Q-Former is
             untrained unless the preset names a checkpoint, and a run's model is its best.
@@ -43,9 +43,13 @@ def load_model(
 def build_recipe(recipe: ModelRecipe, is_eval: bool, device: str) -> BaseModel:
     """The model of a recipe, with its weights, on a device."""
     from lavis_lite.models.base import build_model
+    from lavis_lite.models.untrained import warn_of_untrained
 
     model = build_model(recipe.model).to(device)
-    return model.eval() if is_eval else model.train()
+    if not is_eval:
+        return model.train()
+    warn_of_untrained(model)
+    return model.eval()
 
 
 def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,11 +35,14 @@ class BaseModel(nn.Module):
     optional_keys: regular expressions of keys that a checkpoint may lack, such as those of frozen backbones.
     frozen_from: the file that gave weights which this model keeps frozen, or keeps them (`keep_frozen`), beyond what
         `load_backbones` loads; its own checkpoints don't hold them but name that file.
+    untrained_remedies: by a part's name, what to do when it is the only one without trained weights.
     """
 
     presets: ClassVar[str]
     optional_keys: ClassVar[tuple[str, ...]] = ()
     frozen_from: Path | None = None
+    untrained_remedies: ClassVar[Mapping[str, str]] = {}
+    _given: frozenset[str] = frozenset()  # names that checkpoints gave, or whose kind never has them
 
     @classmethod
     def validate_config(cls, cfg: Mapping[str, Any], *, where: str = "model") -> None:
@@ -83,6 +87,9 @@ class BaseModel(nn.Module):
         if source is not None:
             tensors = {**self._frozen_of(source), **tensors}
         load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
+        never = [re.compile(pattern) for pattern in checkpoint.absent]
+        left_out = {name for name in self.state_dict() if any(pattern.search(name) for pattern in never)}
+        self._given = self._given | tensors.keys() | left_out
         if tensors.keys() & self._frozen():
             self.frozen_from = source or file.resolve()
 
@@ -137,6 +144,27 @@ class BaseModel(nn.Module):
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 kept |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
         return {name: tensor for name, tensor in self.state_dict().items() if name in kept}
+
+    def needs_no_checkpoint(self) -> tuple[str, ...]:
+        """Patterns of trained parameters that are of use without one: `load_backbones` gives them, or they begin at
+        what changes nothing."""
+        return ()
+
+    def untrained(self) -> list[str]:
+        """Names of the parameters to be trained that are still at random, for no checkpoint gave them.
+
+        What a checkpoint of that kind never has, such as a head that its project doesn't publish, doesn't count.
+        """
+        named = dict(self.named_parameters(remove_duplicate=False))
+        given = {id(named[name]) for name in self._given & named.keys()}
+        useful = [re.compile(pattern) for pattern in self.needs_no_checkpoint()]
+        return [
+            name
+            for name, parameter in named.items()
+            if parameter.requires_grad
+            and id(parameter) not in given
+            and not any(p.search(name) for p in useful)
+        ]
 
     def lr_scale(self, name: str, decay: float) -> float:
         """The factor on the learning rate of parameter `name` under layer-wise decay `decay`."""

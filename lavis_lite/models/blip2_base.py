@@ -83,6 +83,10 @@ class Blip2Base(BaseModel):
         kept, optional = super().select_weights(tensors)
         return self.visual_encoder.fit_positions(kept, prefix="visual_encoder."), optional
 
+    def needs_no_checkpoint(self) -> tuple[str, ...]:
+        """The image encoder, where it has weights of its own. BERT gives the Q-Former but half of what it is."""
+        return (r"^visual_encoder\.",) if self.visual_encoder.pretrained else ()
+
     def lr_scale(self, name: str, decay: float) -> float:
         """Layer-wise decay applies to the image encoder only."""
         prefix = "visual_encoder."

@@ -63,6 +63,10 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
         r"^language_model\.",
         r"^frame_join\.embeddings$",
     )
+    untrained_remedies: ClassVar[Mapping[str, str]] = {
+        "llm_proj": "the weights are of stage 1: train stage 2 from them (model.pretrained), or give a run or "
+        "checkpoint of stage 2"
+    }
 
     def __init__(
         self,
@@ -166,6 +170,11 @@ class Blip2Generative(Blip2Base, QuestionAnswering):
                 )
             optional = (*optional, *TEXT_SIDE)
         return kept, (*optional, r"^llm_proj\.") if stage1 else optional
+
+    def needs_no_checkpoint(self) -> tuple[str, ...]:
+        """As of every BLIP-2, with what begins at zero: frame embeddings and LoRA's additions."""
+        text_side = TEXT_SIDE if self.qformer_text_from else ()
+        return (*super().needs_no_checkpoint(), *text_side, r"^frame_join\.embeddings$", r"\.lora_")
 
     @property
     def language_model_type(self) -> str | None:

@@ -24,6 +24,7 @@ from lavis_lite.datasets.builders import build_datasets
 from lavis_lite.datasets.loader import TrainLoader
 from lavis_lite.image_features import ImageFeatures
 from lavis_lite.models.base import BaseModel, build_model, without_sources
+from lavis_lite.models.untrained import warn_of_untrained
 from lavis_lite.models.vision.tower import VisionTower
 from lavis_lite.parallel.auto import choose_strategy
 from lavis_lite.parallel.base import Strategy, build_strategy, check_quantized, check_strategy, is_quantized
@@ -261,6 +262,8 @@ def build_for_evaluation(cfg: Config, source: Path) -> Base:
     """What evaluates a checkpoint's weights; ConfigError where the task can't do so on the splits."""
     base = build_base(cfg, model_cfg={**cfg.model, "pretrained": str(source)})
     check_evaluation(base.task, base.model, base.datasets, cfg.run.test_splits)
+    if dist.is_main() and isinstance(base.model, BaseModel):
+        warn_of_untrained(base.model)
     return base
 
 
