@@ -47,7 +47,9 @@ def test_encoder_fulfils_the_protocol() -> None:
 
 
 def test_images_of_another_size_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"shapes_vit: images are 32x64, the encoder wants 64x64; set vision"):
+    with pytest.raises(
+        ConfigError, match=r"shapes_vit: images are 32x64, the encoder wants 64x64; set vision"
+    ):
         ShapesViT()(torch.zeros(1, 3, 32, 64))
 
 

@@ -17,6 +17,7 @@ from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.io import atomic_write
+from lavis_lite.common.local_paths import absolute_paths, with_absolute_paths
 from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.model_recipe import CONFIG_FILE, enclosing_run
@@ -107,7 +108,7 @@ def find_start(cfg: Config) -> StartPoint:
     else:
         start = _start_from(cfg, Path(cfg.run.resume).expanduser().resolve(), last)
     start.summary = _finished_summary(cfg, start)
-    atomic_write(run_dir / CONFIG_FILE, cfg.to_yaml())
+    atomic_write(run_dir / CONFIG_FILE, with_absolute_paths(cfg).to_yaml())
     return start
 
 
@@ -223,6 +224,7 @@ def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
     run = {**_leaves(asdict(RunConfig())), **_leaves(content.get("run"))}
     keys = (*FIXED_RUN_KEYS, "cache_features", *(FIXED_FEATURE_KEYS if run["cache_features"] else ()))
     sections = {name: content.get(name) or {} for name in FIXED_SECTIONS}
+    sections["model"] = absolute_paths(sections["model"], existing=False)
     return {**sections, "run": {key: run[key] for key in keys}}
 
 
@@ -251,7 +253,7 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def fingerprint(cfg: Config) -> str:
     """The configuration, without what changes neither weights nor results, as canonical text."""
-    content = cfg.to_dict()
+    content = with_absolute_paths(cfg).to_dict()
     run = {key: value for key, value in _leaves(content["run"]).items() if key not in FREE_RUN_KEYS}
     return json.dumps({**content, "run": run}, sort_keys=True, default=str)
 
@@ -296,6 +298,7 @@ def _same_run(saved: Any, now: str) -> bool:
         defaults = _leaves(asdict(RunConfig()))
         for content in contents:
             run = _leaves(content["run"])
+            content["model"] = absolute_paths(content["model"], existing=False)
             content["run"] = {
                 key: value
                 for key, value in run.items()

@@ -1,0 +1,51 @@
+"""Paths in a model's section, so that what a run saves means the same from any working directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lavis_lite.common.config import Config
+
+# Keys that may name a file or folder, with the names that mean something else even where a folder is called so.
+MODEL_PATHS: dict[str, tuple[str, ...]] = {
+    "pretrained": (),
+    "tokenizer": ("shapes",),
+    "qformer_text_from": (),
+    "qformer.pretrained": (),
+    "vision_encoder.pretrained": (),
+    "language_model.model_name": ("shapes_opt", "shapes_t5"),
+}
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """A configuration whose model names by absolute paths what lies on this machine; other names stay as they are."""
+    return replace(cfg, model=absolute_paths(cfg.model))
+
+
+def absolute_paths(model: Any, *, existing: bool = True) -> Any:
+    """A `model` section with its relative paths made absolute.
+
+    existing: false for comparing sections, also where what one of them named is there no longer; names of the hub
+        then look like paths, too. Of what is no mapping nothing changes.
+    """
+    for key, names in MODEL_PATHS.items():
+        model = _changed(model, key.split("."), names, existing)
+    return model
+
+
+def _changed(section: Any, keys: list[str], names: tuple[str, ...], existing: bool) -> Any:
+    if not isinstance(section, Mapping) or keys[0] not in section:
+        return section
+    value = section[keys[0]]
+    new = _changed(value, keys[1:], names, existing) if keys[1:] else _absolute(value, names, existing)
+    return {**section, keys[0]: new}
+
+
+def _absolute(value: Any, names: tuple[str, ...], existing: bool) -> Any:
+    if not isinstance(value, str) or not value or value in names or value.startswith("~"):
+        return value
+    # Links stay: what they point to need not have the suffix that tells a file's kind.
+    return os.path.abspath(value) if not existing or os.path.exists(value) else value
