@@ -14,6 +14,7 @@ import torch
 
 import lavis_lite
 from lavis_lite.common import checkpoint as ckpt
+from lavis_lite.common import dist
 from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.io import atomic_write
@@ -190,6 +191,24 @@ def _warn_of_other_run(cfg: Config, checkpoint: Path) -> None:
             "run.resume: the run in '%s' differs in %s; its optimiser, step and place in the data are taken over "
             "all the same (model.pretrained takes weights alone)",
             *(folder, ", ".join(changed)),
+        )
+
+
+def warn_of_changes(state: TrainState, max_steps: int, *, streams: bool) -> None:
+    """Say what is odd about where a run goes on: beyond its length, or with another number of processes."""
+    if not dist.is_main():
+        return
+    if state.step > max_steps:
+        logger.warning("the run is %d steps beyond its length of %d", state.step - max_steps, max_steps)
+    before, now = state.world_size, dist.world_size()
+    if before != now:
+        # The n-th batch of another size is elsewhere in an epoch.
+        order = "some samples of an epoch are left out" if now > before else "some samples come once more"
+        more = "; streams go on with the shards that are left" if streams else ""
+        logger.warning(
+            "the run had %d processes and now has %d: its global batch changes, and as it goes on at the same "
+            "number of batches, %s%s",
+            *(before, now, order, more),
         )
 
 

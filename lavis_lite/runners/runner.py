@@ -141,29 +141,12 @@ class Runner:
         ev.check_splits(self.parts.datasets, run.valid_splits, where="run.valid_splits", required=False)
         if self.saved is not None:
             logger.info("continuing %s at step %d", self.saved, self.state.step)
-            if self.state.step > self.max_steps:
-                logger.warning(
-                    "the run is %d steps beyond its length of %d",
-                    self.state.step - self.max_steps,
-                    self.max_steps,
-                )
-            self._warn_of_processes()
+            resume.warn_of_changes(self.state, self.max_steps, streams=self.parts.loader.has_streams)
         self.state.num_threads, self.state.world_size = torch.get_num_threads(), dist.world_size()
         logger.info(describe(self.parts))
         self.progress = ProgressDisplay(self.max_steps, self.state.step, shown=dist.is_main())
         self.parts.wrapped.train()
         return True
-
-    def _warn_of_processes(self) -> None:
-        before, now = self.state.world_size, dist.world_size()
-        if before != now and dist.is_main():
-            # The n-th batch of another size is elsewhere in an epoch.
-            order = "some samples of an epoch are left out" if now > before else "some samples come once more"
-            streams = "; streams go on with the shards that are left" if self.parts.loader.has_streams else ""
-            logger.warning(
-                "the run had %d processes and now has %d: its global batch changes, and as it goes on at the same "
-                "number of batches, %s%s", before, now, order, streams,
-            )  # fmt: skip
 
     @property
     def finished(self) -> bool:
