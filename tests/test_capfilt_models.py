@@ -245,6 +245,16 @@ def test_models_of_ours_are_loaded_by_name_type_and_checkpoint(monkeypatch: pyte
     ]
 
 
+def test_a_captioner_that_takes_no_prompt_says_so_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = stage1(tmp_path), {"eval": None}, {"eval": None}
+    monkeypatch.setattr(captioners, "load_model_and_preprocess", lambda *_: loaded)
+    build_captioner(Settings("blip2/shapes", "blip2/shapes"), CPU, "fp32")
+    with pytest.raises(ConfigError, match="--prompt: --captioner 'blip2/shapes' takes none"):
+        build_captioner(Settings("blip2/shapes", "blip2/shapes", prompt="a photo of"), CPU, "fp32")
+
+
 def test_models_of_transformers_that_dont_fit_are_named(
     tmp_path: Path, blip_folder: Path, clip_folder: Path
 ) -> None:

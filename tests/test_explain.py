@@ -271,3 +271,17 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert ended.value.code == code and message in error and error.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("lavis_lite.explain.build_recipe", lambda *_: pytest.fail("built"))
+    picture = str(tmp_path / "a.png")
+    save_picture(tmp_path / "a.png", 1)
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["explain", "--model", "blip2/shapes", "--image", picture, "--text", "x", "--out", str(tmp_path)]
+        )
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "is a folder; name a file in it" in error and error.count("\n") == 1
