@@ -188,7 +188,7 @@ def test_sharding_and_quantizing_are_not_proposed_together() -> None:
 @pytest.mark.parametrize(("share", "accumulated"), [(0.7, True), (0.4, False)])
 def test_a_batch_in_parts_is_planned_as_it_will_run(share: float, accumulated: bool) -> None:
     """With the gradients that stay from part to part; where those leave no room, a part alone."""
-    options = ["model.vision_encoder.freeze=false", "model.vision_encoder.grad_checkpointing=true"]
+    options = ["model.vision_encoder.freeze=false"]
     cfg = load_config(STAGE1, options)
     whole = Planner(cfg, CPU).plan(8).total
     target = replace(CPU, limit=round(whole * share))

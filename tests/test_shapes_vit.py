@@ -57,13 +57,23 @@ def test_encoder_has_the_size_it_claims() -> None:
     assert sum(p.numel() for p in ShapesViT().parameters()) == 1_222_528
 
 
-def test_grad_checkpointing_changes_no_feature() -> None:
-    encoder = ShapesViT(**TINY)
-    image = torch.randn(2, 3, 64, 64, requires_grad=True)
-    plain = encoder(image)
-    encoder.set_grad_checkpointing(True)
-    encoder.train()
-    assert torch.equal(plain, encoder(image))
+def test_grad_checkpointing_runs_blocks_twice_and_changes_no_number() -> None:
+    encoder = ShapesViT(**TINY).train()
+    calls = []
+    for block in encoder.vit.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    image = torch.randn(2, 3, 64, 64)
+    found = []
+    for recompute, passes in ((False, 1), (True, 2)):
+        encoder.set_grad_checkpointing(recompute)
+        encoder.zero_grad()
+        calls.clear()
+        features = encoder(image)
+        features.square().sum().backward()
+        assert len(calls) == passes * TINY["depth"]
+        found.append([features.detach(), *(p.grad.clone() for p in encoder.parameters())])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 def test_shipped_weights_load_and_are_small() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import timm.layers
 import torch
 from safetensors.torch import load_file
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -83,6 +84,9 @@ class ShapesViT(nn.Module):
 
     def blocks(self, tokens: Tensor) -> Tensor:
         """All transformer blocks on tokens [B, any number, D]."""
+        if self.vit.grad_checkpointing:
+            recomputed: Tensor = checkpoint_seq(self.vit.blocks, tokens)
+            return recomputed
         features: Tensor = self.vit.blocks(tokens)
         return features
 
