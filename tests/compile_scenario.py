@@ -20,12 +20,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from strategy_scenario import ending_on_error, ranks
 
 from lavis_lite.common import dist, optim
+from lavis_lite.models.blocks import recompute_blocks
 from lavis_lite.parallel.base import build_strategy
 from lavis_lite.runners import compiling
 
 CPU = torch.device("cpu")
-# Strategy, processes, and whether blocks are compiled, by the name of a run.
-RUNS = {"plain": ("single", 1, False), "ddp": ("ddp", 2, True), "fsdp2": ("fsdp2", 2, True)}
+# Strategy, processes, whether blocks are compiled and whether frozen ones recompute, by the name of a run.
+RUNS = {
+    "plain": ("single", 1, False, False),
+    "ddp": ("ddp", 2, True, False),
+    "ddp_recomputing": ("ddp", 2, True, True),
+    "fsdp2": ("fsdp2", 2, True, False),
+    "fsdp2_recomputing": ("fsdp2", 2, True, True),
+}
 # Rows of the joined batches: the second has other sizes than those first compiled for.
 BATCHES = (8, 6, 8)
 
@@ -66,9 +73,11 @@ def rows(size: int) -> dict[str, Tensor]:
     return {"x": x[part], "y": x.sum(-1, keepdim=True)[part]}
 
 
-def train(name: str, compiled: bool) -> dict[str, Any]:
+def train(name: str, compiled: bool, recompute: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Tower().train()
+    if recompute:
+        recompute_blocks(nn.ModuleDict({"frozen": model.frozen}))
     said: list[str] = []
     compiling.logger.warning = lambda text, *args: said.append(text % args)  # type: ignore[method-assign]
     blocks = compiling.compile_blocks(model, CPU) if compiled else 0
@@ -103,11 +112,11 @@ def train(name: str, compiled: bool) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    for run, (name, world, compiled) in RUNS.items():
+    for run, (name, world, compiled, recompute) in RUNS.items():
         for rank in ranks(world):
             with ending_on_error():
                 dist.init(2)
-                found = train(name, compiled)
+                found = train(name, compiled, recompute)
                 if rank == 0:
                     torch.save(found, folder / f"{run}.pt")
 

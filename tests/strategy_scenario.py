@@ -33,8 +33,8 @@ from lavis_lite.common import dist, optim
 from lavis_lite.models import losses
 from lavis_lite.models.blip2_generative import Blip2Generative
 from lavis_lite.models.blip2_qformer import Blip2QFormer
+from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel.base import build_strategy
-from lavis_lite.parallel.blocks import transformer_blocks
 from lavis_lite.tasks.base import EvalArgs
 from lavis_lite.tasks.pretrain import ImageTextPretrainTask
 

@@ -27,23 +27,29 @@ CPU = torch.device("cpu")
 WORKS = compiling.compiler_failure(CPU) is None
 
 
-def build(stage: int, folder: Path) -> Any:
+def build(stage: int, folder: Path, *, family: str = "opt", recompute: bool = False) -> Any:
     torch.manual_seed(0)
     if stage == 1:
         section = tiny_config(write_tokenizer(folder / "tokenizer"))
         return registry.get_model_class("blip2").from_config(section).train()
-    return registry.get_model_class("blip2_opt").from_config(tiny_generative_config(folder, "opt")).train()
+    own = {"language_model": {"grad_checkpointing": recompute}}
+    section = tiny_generative_config(folder, family, **own)
+    return registry.get_model_class(f"blip2_{family}").from_config(section).train()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not WORKS, reason="torch.compile doesn't work here")
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "family", "recompute"), [(1, "", False), (2, "opt", False), (2, "opt", True), (2, "t5", True)]
+)
 def test_compiled_blocks_give_the_same_losses_and_gradients(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, family: str, recompute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And all variants are compiled: what goes beyond torch's limit is an error here. Generation is not compiled."""
+    """Blocks that recompute, too. And all variants are compiled: what goes beyond torch's limit is an error here.
+    Generation is not compiled."""
     torch._dynamo.reset()
-    plain, compiled = build(stage, tmp_path), build(stage, tmp_path)
+    plain = build(stage, tmp_path, family=family)
+    compiled = build(stage, tmp_path, family=family, recompute=recompute)
     assert compiling.compile_blocks(compiled, CPU) > 0
     image = tiny_samples(3)["image"]
     said: list[str] = []
@@ -169,14 +175,13 @@ def test_a_backward_pass_that_is_compiled_too_late_is_one_line() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not WORKS, reason="torch.compile doesn't work here")
 def test_compiled_blocks_train_under_strategies_as_one_process_does_without(tmp_path: Path) -> None:
-    """Weights that are whole or in parts, trained or frozen, with an evaluation between any two steps."""
+    """Weights in parts or whole, trained or frozen, recomputing or not, with an evaluation between any two steps."""
     process = start([sys.executable, "-m", "tests.compile_scenario", str(tmp_path)])
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-3000:]
-    plain, ddp, fsdp2 = (
-        torch.load(tmp_path / f"{run}.pt", weights_only=True) for run in ("plain", "ddp", "fsdp2")
-    )
-    for several in (ddp, fsdp2):
+    names = ("plain", "ddp", "ddp_recomputing", "fsdp2", "fsdp2_recomputing")
+    plain, *others = (torch.load(tmp_path / f"{run}.pt", weights_only=True) for run in names)
+    for several in others:
         assert not several["said"] and several["blocks"] == 4 and several["graphs"] > 0
         for what in ("losses", "norms", "alone"):
             assert several[what] == pytest.approx(plain[what], rel=1e-5), what

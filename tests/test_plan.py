@@ -17,9 +17,9 @@ from lavis_lite.common.config import Config, load_config
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sizes import parse_bytes
+from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel import auto
 from lavis_lite.parallel.auto import process_memory
-from lavis_lite.parallel.blocks import transformer_blocks
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.proposals import _settings, _smaller_batch, propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
@@ -28,6 +28,7 @@ from lavis_lite.runners.planning.trace import Block, Book
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGE1 = REPOSITORY / "projects/blip2/pretrain_stage1.yaml"
 CPU = Target("cpu", None, 0)
+RECOMPUTING = "model.language_model.grad_checkpointing=true"
 # A plan follows every operation of every layer; two of them show all there is to show.
 SHALLOW = ["model.qformer.num_layers=2"]
 
@@ -70,15 +71,26 @@ def kept_bytes(shape: Shape, batch: int) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("name", ["pretrain_stage1", "pretrain_stage2", "caption_ft"])
-def test_what_a_forward_keeps_is_what_torch_saves(name: str) -> None:
-    cfg = load_config(REPOSITORY / f"projects/blip2/{name}.yaml")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pretrain_stage1", []),
+        ("pretrain_stage2", []),
+        ("pretrain_stage2", [RECOMPUTING]),
+        ("pretrain_stage2_t5", [RECOMPUTING]),
+        ("caption_ft", []),
+        ("caption_ft", [RECOMPUTING, "model.vision_encoder.grad_checkpointing=true"]),
+    ],
+)
+def test_what_a_forward_keeps_is_what_torch_saves(name: str, options: list[str]) -> None:
+    cfg = load_config(REPOSITORY / f"projects/blip2/{name}.yaml", options)
     planner = Planner(cfg, CPU)
     plan = planner.plan(16)
     planned = sum(part.activations for part in plan.parts)
     saved = kept_bytes(real_shape(cfg), 16)
-    # At the peak the forward's results that nothing keeps are still there: losses, the images, the last logits.
-    assert saved * 0.97 < planned < saved * 1.15, (saved, planned)
+    # At the peak the forward's results that nothing keeps are still there: losses, the images, the last logits. Blocks
+    # that recompute reach it in the backward pass, when the first of what was kept is gone.
+    assert saved * (0.95 if options else 0.97) < planned < saved * 1.15, (saved, planned)
 
 
 def test_parameters_gradients_and_optimizer_are_counted(stage1: Planner) -> None:
@@ -362,6 +374,27 @@ def test_fairscale_s_recomputed_blocks_keep_no_activations() -> None:
         for planner in (plain, recomputing, recomputing.for_strategy("ddp"))
     ]
     assert kept[1] < 0.8 * kept[0] and kept[2] >= kept[0]
+
+
+def test_a_language_model_that_recomputes_is_planned_and_proposed() -> None:
+    path = REPOSITORY / "projects/blip2/pretrain_stage2_t5.yaml"
+    low = ["model.language_model.precision=bf16", "model.vision_encoder.precision=bf16"]
+
+    def load(options: Sequence[str]) -> Config:
+        return load_config(path, [*low, *options])
+
+    target = replace(CPU, precision="bf16")
+    planner, recomputing = Planner(load([]), target), Planner(load([RECOMPUTING]), target).plan(16)
+    plain = planner.plan(16)
+    kept = [
+        next(part.activations for part in plan.parts if part.name == "language model")
+        for plan in (plain, recomputing)
+    ]
+    assert kept[1] < 0.2 * kept[0]
+    planner = Planner(load([]), replace(target, limit=recomputing.total))
+    remedy = propose(load, planner, planner.plan(16))
+    assert remedy.together == (RECOMPUTING,) and remedy.plan.fits
+    assert remedy.proposals[0].saves == plain.total - recomputing.total
 
 
 def test_a_frozen_encoder_s_features_may_be_stored(stage1: Planner) -> None:

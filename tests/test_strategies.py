@@ -17,6 +17,7 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import newest
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel import auto, fairscale
 from lavis_lite.parallel.base import (
     build_strategy,
@@ -25,7 +26,6 @@ from lavis_lite.parallel.base import (
     clip_shards,
     is_quantized,
 )
-from lavis_lite.parallel.blocks import transformer_blocks
 
 SEVERAL = [run for run in RUNS if run != "single"]
 

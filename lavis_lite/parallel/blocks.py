@@ -1,20 +1,11 @@
-"""Which parts of a model can be sharded, or recomputed, one by one."""
+"""Which parts of a model can be sharded, or compiled, one by one."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-
-def transformer_blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of every outermost list of at least two modules of one class, in their order.
-
-    Those are the blocks of encoders and language models, whoever wrote them. A class without a `forward` is no block:
-    its methods are called one by one (the Q-Former's), so nothing tells when it begins and ends.
-    """
-    return [block for members in _lists(module) if _is_called(members[0]) for block in members]
+from lavis_lite.models.blocks import block_lists, is_called, transformer_blocks
 
 
 def compiled_blocks(module: nn.Module) -> list[nn.Module]:
@@ -22,31 +13,11 @@ def compiled_blocks(module: nn.Module) -> list[nn.Module]:
 
     A single layer is none: it has nothing to be fused with.
     """
-    return [part for members in _lists(module) for block in members for part in _called(block)]
-
-
-def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """The outermost lists of several modules of one class with weights."""
-    for child in module.children():
-        members = list(child.children())
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_alike(members):
-            yield members
-        else:
-            yield from _lists(child)
-
-
-def _are_alike(members: list[nn.Module]) -> bool:
-    if len(members) < 2 or len({type(member) for member in members}) > 1:
-        return False
-    return all(any(True for _ in member.parameters()) for member in members)
-
-
-def _is_called(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+    return [part for members in block_lists(module) for block in members for part in _called(block)]
 
 
 def _called(block: nn.Module) -> list[nn.Module]:
-    if _is_called(block):
+    if is_called(block):
         return [block] if any(True for _ in block.children()) else []
     return [part for child in block.children() for part in _called(child)]
 

@@ -16,8 +16,9 @@ from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError, MissingDependencyError
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
+from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel.base import Strategy, clip_shards
-from lavis_lite.parallel.blocks import flattenable_blocks, frozen_blocks, transformer_blocks
+from lavis_lite.parallel.blocks import flattenable_blocks, frozen_blocks
 from lavis_lite.parallel.scaling import AgreeingScaler
 
 logger = get_logger(__name__)

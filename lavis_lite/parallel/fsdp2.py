@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lavis_lite.common import dist, optim
 from lavis_lite.common.errors import ConfigError
 from lavis_lite.common.registry import registry
+from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel.base import Strategy, clip_shards, tied_names, trained
-from lavis_lite.parallel.blocks import transformer_blocks
 from lavis_lite.parallel.scaling import AgreeingScaler
 
 

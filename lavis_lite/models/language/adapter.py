@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.models.blocks import Recomputation, recompute_blocks
 from lavis_lite.models.decoding import Beginning
 from lavis_lite.models.language.loading import LanguageModelConfig, build_llm, load_llm, load_tokenizer
 from lavis_lite.models.language.lora import add_lora, lora_dropouts
@@ -38,6 +39,7 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.check_precision(config.precision)
         self.config = config
+        self._recomputation = Recomputation()
         self.model: Any = build_llm(self.auto_class, config)
         self._tokenizer: Any = None
         self._end_id: int | None = None
@@ -67,15 +69,19 @@ class LanguageModel(nn.Module, ABC):
 
     def _prepare(self) -> None:
         self.model.requires_grad_(False)
-        if self.config.grad_checkpointing:
-            self.model.gradient_checkpointing_enable()
         if self.config.lora is not None:
             self.model = add_lora(self.model, self.config.lora)
+        # transformers' own checkpointing works in training mode alone, in which this model never is.
+        if self.config.grad_checkpointing and not recompute_blocks(self.model, self._recomputation):
+            raise ConfigError(
+                "model.language_model.grad_checkpointing: this model has no blocks to recompute"
+            )
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Only LoRA's dropout follows the mode: a frozen model stays in eval mode."""
+        """Only LoRA's dropout and recomputation follow the mode: a frozen model stays in eval mode."""
         super().train(False)
+        self._recomputation.on = mode
         for dropout in lora_dropouts(self.model):
             dropout.train(mode)
         self.training = mode

@@ -16,11 +16,12 @@ from torch.distributed import destroy_process_group, init_process_group
 from lavis_lite.common import optim
 from lavis_lite.common.config import Config
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.models.blocks import recompute_blocks, transformer_blocks
 from lavis_lite.parallel.auto import choose, state_bytes
 from lavis_lite.parallel.base import AUTO, check_quantized, check_strategy, is_quantized
-from lavis_lite.parallel.blocks import flattenable_blocks, transformer_blocks
+from lavis_lite.parallel.blocks import flattenable_blocks
 from lavis_lite.runners.planning.shapes import Shape, build_shape
-from lavis_lite.runners.planning.sharding import SHARDINGS, recompute_blocks, sharding_of
+from lavis_lite.runners.planning.sharding import SHARDINGS, sharding_of
 from lavis_lite.runners.planning.trace import HEADS, INPUTS, Book, Kind, part_of, trace_step
 
 ORDER = ("image encoder", "Q-Former", "language model", HEADS, INPUTS)
@@ -142,7 +143,9 @@ class Planner:
         )
         self.sharding = sharding_of(self.strategy, cfg.run.strategy_options, target.device_type)
         if self.sharding.recomputed:
-            recompute_blocks(self.shape.model)
+            recompute_blocks(
+                self.shape.model
+            )  # as fairscale's `checkpoint_wrapper`, which need not be installed
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
 from lavis_lite.common.binding import bind
 from lavis_lite.common.registry import registry
-from lavis_lite.parallel.blocks import transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,3 @@ def sharding_of(name: str, options: Mapping[str, Any], device_type: str) -> Shar
     # On a CPU the machine's own memory is the device's.
     offloaded = bool(given.get("cpu_offload")) and device_type != "cpu"
     return replace(SHARDINGS[name], offloaded=offloaded, recomputed=bool(given.get("checkpoint_blocks")))
-
-
-def recompute_blocks(model: nn.Module) -> None:
-    """Let blocks keep their inputs alone, as fairscale's `checkpoint_wrapper` does, which need not be installed."""
-    for block in transformer_blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
