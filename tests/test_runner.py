@@ -32,7 +32,7 @@ def test_a_run_leaves_its_files_and_prints_its_end(
     assert result.checkpoint == run_dir / "checkpoints" / "step_000005"
     assert [step for step, _ in ckpt.list_checkpoints(run_dir / "checkpoints")] == [4, 5]
     assert {path.name for path in run_dir.iterdir()} == {
-        ".lock", "config.yaml", "log.jsonl", "checkpoints", "summary.json", "report.txt"
+        ".lock", "frozen.safetensors", "config.yaml", "log.jsonl", "checkpoints", "summary.json", "report.txt"
     }  # fmt: skip
     assert [row["step"] for row in rows(run_dir, "train")] == [1, 2, 4, 5]
     assert [row["step"] for row in rows(run_dir, "eval")] == [2, 4, 5]
@@ -211,7 +211,7 @@ def test_an_evaluation_whose_folder_cannot_be_written_to_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Runner(config(tmp_path, max_steps=1)).train().checkpoint
-    monkeypatch.setattr(runner_module, "build_base", None)
+    monkeypatch.setattr(runner_module, "build_for_evaluation", None)
     advice = f"; set another one, and run.checkpoint={checkpoint}"
     (tmp_path / "file").touch()
     elsewhere = (f"run.output_dir={tmp_path / 'file'}", f"run.checkpoint={checkpoint}")

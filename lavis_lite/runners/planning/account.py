@@ -143,9 +143,8 @@ class Planner:
         )
         self.sharding = sharding_of(self.strategy, cfg.run.strategy_options, target.device_type)
         if self.sharding.recomputed:
-            recompute_blocks(
-                self.shape.model
-            )  # as fairscale's `checkpoint_wrapper`, which need not be installed
+            # As fairscale's `checkpoint_wrapper`, which need not be installed.
+            recompute_blocks(self.shape.model)
         self._books: dict[tuple[int, bool], Book] = {}
         self._states = _optimizer_bytes(self.shape, cfg)
 
