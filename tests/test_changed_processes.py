@@ -11,7 +11,7 @@ from runner_helpers import config
 
 from lavis_lite.common import checkpoint as ckpt
 from lavis_lite.common.errors import ConfigError
-from lavis_lite.runners import runner as runner_module
+from lavis_lite.runners import resume
 from lavis_lite.runners.runner import Runner
 
 
@@ -51,7 +51,7 @@ def test_steps_go_on_and_the_order_of_samples_is_told(
     def note(text: str, *args: Any) -> None:
         said.append(text % args)
 
-    monkeypatch.setattr(runner_module.logger, "warning", note)
+    monkeypatch.setattr(resume.logger, "warning", note)
     assert Runner(config(tmp_path, max_steps=7)).train().step == 7
     assert said == [
         "the run had 2 processes and now has 1: its global batch changes, and as it goes on at the same number of "
