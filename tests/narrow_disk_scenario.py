@@ -38,7 +38,7 @@ def limit(size: int) -> int:
 
 def save_narrowly(tensors: Any, path: str, **options: Any) -> None:
     # What the run keeps beside its checkpoints is written whole.
-    before = limit(resource.RLIM_INFINITY if "frozen.safetensors" in path else 64)
+    before = limit(resource.RLIM_INFINITY if "frozen-" in path else 64)
     try:
         SAVE_FILE(tensors, path, **options)
     finally:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_lite.common.binding import bind
-from lavis_lite.common.checkpoint import STATE, load_state, resolve_checkpoint, save_tensors
+from lavis_lite.common.checkpoint import resolve_checkpoint
 from lavis_lite.common.errors import CheckpointError, ConfigError
-from lavis_lite.common.io import atomic_file
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.registry import registry
 from lavis_lite.models.convert.formats import Checkpoint, open_checkpoint
+from lavis_lite.models.frozen import frozen_source, keep
 from lavis_lite.models.strict import load_strictly
 
 logger = get_logger(__name__)
@@ -43,6 +43,9 @@ class BaseModel(nn.Module):
     frozen_from: Path | None = None
     untrained_remedies: ClassVar[Mapping[str, str]] = {}
     _given: frozenset[str] = frozenset()  # names that checkpoints gave, or whose kind never has them
+    _held: frozenset[str] = (
+        frozenset()
+    )  # names that files have, so that a checkpoint needs no more than the file's name
 
     @classmethod
     def validate_config(cls, cfg: Mapping[str, Any], *, where: str = "model") -> None:
@@ -82,14 +85,14 @@ class BaseModel(nn.Module):
             raise CheckpointError(
                 f"'{file}' is for a language model of the family {checkpoint.llm}, this model's is {own}"
             )
-        tensors, optional = self.select_weights(dict(checkpoint.tensors))
-        source = _frozen_source(file)
-        if source is not None:
-            tensors = {**self._frozen_of(source), **tensors}
+        source = frozen_source(file)
+        frozen = {} if source is None else self._frozen_of(source)
+        tensors, optional = self.select_weights({**frozen, **checkpoint.tensors})
         load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
         never = [re.compile(pattern) for pattern in checkpoint.absent]
         left_out = {name for name in self.state_dict() if any(pattern.search(name) for pattern in never)}
         self._given = self._given | tensors.keys() | left_out
+        self._held = self._held | tensors.keys()
         if tensors.keys() & self._frozen():
             self.frozen_from = source or file.resolve()
 
@@ -111,23 +114,25 @@ class BaseModel(nn.Module):
         dataset: what it declares of its rows, see `datasets.base.Rows`; of one that declares nothing nothing is known.
         """
 
-    def keep_frozen(self, file: Path, *, write: bool = True) -> list[str]:
+    def keep_frozen(self, run_dir: Path, *, write: bool = True) -> list[str]:
         """Where frozen parts have weights that no file gave, write these; its checkpoints then name that file.
 
         Random weights, or those that an encoder's own code loads, would be others when the model is built again.
         Returns the names of the parts, none where nothing is to be kept. write: false where another process does.
         """
-        frozen = self._frozen()
-        given = set() if self.frozen_from is None else open_checkpoint(self.frozen_from).tensors.keys()
-        ungiven = {name for name in frozen if name not in given and not self.is_of_backbones(name)}
+        ungiven = self._ungiven()
         parts = {name.split(".")[0] for name, _ in self.named_parameters() if name in ungiven}
-        if parts and write:
-            own = self.state_dict()
-            with atomic_file(file) as temporary:
-                save_tensors(temporary, {name: own[name] for name in sorted(ungiven | frozen & given)})
         if parts:
-            self.frozen_from = file.resolve()
+            own = self.state_dict()
+            elsewhere = self._frozen_of(self.frozen_from) if self.frozen_from else {}
+            kept = {name: own[name] for name in sorted(ungiven | elsewhere.keys())}
+            self.frozen_from = keep(run_dir, kept, write=write)
+            self._held = self._held | kept.keys()
         return sorted(parts)
+
+    def _ungiven(self) -> set[str]:
+        """Names of frozen tensors that neither `load_backbones` nor a file gave."""
+        return {name for name in self._frozen() if name not in self._held and not self.is_of_backbones(name)}
 
     def _frozen(self) -> set[str]:
         """Names of what its checkpoints don't hold."""
@@ -206,25 +211,6 @@ def build_model(cfg: Mapping[str, Any]) -> BaseModel:
     model._load_opened(checkpoint, file)
     logger.info("weights of %s", file)
     return model
-
-
-def _frozen_source(file: Path) -> Path | None:
-    """Where a run's checkpoint says that its frozen parts came from; None where they are the backbones' own.
-
-    Raises CheckpointError when that is no longer there: the model would be another one without a word.
-    """
-    if not (file.parent / STATE).is_file():
-        return None
-    named = load_state(file.parent).get("frozen_from")
-    if named is None:
-        return None
-    source = (file.parent / named).resolve()  # of the run's own folder it is a path from the checkpoint
-    if not source.is_file():
-        raise CheckpointError(
-            f"'{file}' has the frozen parts of '{source}', which isn't there any more: put it back (the path is "
-            f"frozen_from in {file.parent / STATE})"
-        )
-    return source
 
 
 def without_sources(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from lavis_lite.common.run_config import RunConfig
 from lavis_lite.runners.state import TrainState
 
 LOG_FILE, SUMMARY_FILE, LOCK_FILE = "log.jsonl", "summary.json", ".lock"
-FROZEN_FILE = "frozen.safetensors"  # weights that the run keeps and no other file has
-RUN_FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, FROZEN_FILE, ckpt.FOLDER)
+RUN_FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, ckpt.FOLDER)
 # What a checkpoint belongs to. Other settings may change when a run continues: max_steps, for one.
 FIXED_SECTIONS = ("model", "datasets", "task")
 FIXED_RUN_KEYS = ("seed", "train_split", "batch_size_train", "accum_grad_iters")
@@ -284,12 +283,6 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def name_frozen(run_dir: Path, file: Any) -> str | None:
-    """The file with a model's frozen weights as a checkpoint names it: one of the run's own moves with its folder."""
-    own = run_dir.resolve() / FROZEN_FILE
-    return f"../../{own.name}" if file == own else None if file is None else str(file)
 
 
 def save_summary(cfg: Config, step: int, lines: list[str], metrics: Mapping[str, float]) -> None:

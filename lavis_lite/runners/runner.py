@@ -26,6 +26,7 @@ from lavis_lite.common.errors import TrainingError
 from lavis_lite.common.logging import ProgressDisplay, RunLog, get_logger, read_rows
 from lavis_lite.common.registry import registry
 from lavis_lite.common.signals import StopSignals
+from lavis_lite.models.frozen import name_from_checkpoint
 from lavis_lite.runners import evaluation as ev
 from lavis_lite.runners import resume
 from lavis_lite.runners.compiling import backward_errors
@@ -337,7 +338,7 @@ class Runner:
             "batches": state.step * self.cfg.run.accum_grad_iters,
             "max_steps": self.max_steps,
             "versions": resume.versions(),
-            "frozen_from": resume.name_frozen(self.run_dir, parts.model.frozen_from),
+            "frozen_from": name_from_checkpoint(self.run_dir, parts.model.frozen_from),  # type: ignore[arg-type]
         }
         best_step = state.best["step"] if state.best else None
         self.saved = self.saver.save(state.step, parts.model, parts.optimizer, content, best_step=best_step)

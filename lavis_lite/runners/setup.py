@@ -33,7 +33,7 @@ from lavis_lite.runners.compiling import compile_blocks
 from lavis_lite.runners.feature_build import Encoder
 from lavis_lite.runners.features import check_encoder, with_features
 from lavis_lite.runners.fit import check_evaluation, check_training
-from lavis_lite.runners.resume import FROZEN_FILE, StartPoint
+from lavis_lite.runners.resume import StartPoint
 from lavis_lite.tasks.base import EvalArgs
 
 Splits = Mapping[str, Mapping[str, Any]]
@@ -123,7 +123,7 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     base = build_base(cfg, model_cfg=model_cfg, threads=threads, placed=False)
     if start.checkpoint is not None:
         base.model.load_checkpoint(start.checkpoint)  # type: ignore[operator]  # a BaseModel's method
-    _keep_frozen(base.model, Path(run.output_dir) / FROZEN_FILE)
+    _keep_frozen(base.model, Path(run.output_dir))
     # Before features of other data than the run's are made.
     trained_on = list(_trained_on(cfg, base.datasets).values())
     note_data(state, trained_on, allowed=run.allow_changed_data)
@@ -169,11 +169,13 @@ def build_parts(cfg: Config, start: StartPoint) -> Parts:
     )
 
 
-def _keep_frozen(model: nn.Module, file: Path) -> None:
+def _keep_frozen(model: nn.Module, run_dir: Path) -> None:
     """Frozen weights that are nowhere else go into a file of the run's, once; see `BaseModel.keep_frozen`."""
-    kept = model.keep_frozen(file, write=dist.is_main()) if isinstance(model, BaseModel) else []
+    kept = model.keep_frozen(run_dir, write=dist.is_main()) if isinstance(model, BaseModel) else []
     if kept and dist.is_main():
-        logger.info("no file gave the frozen weights of %s: they are kept in %s", ", ".join(kept), file)
+        logger.info(
+            "no file gave the frozen weights of %s: they are kept in %s", ", ".join(kept), model.frozen_from
+        )
 
 
 def _check_epochs(run: RunConfig, before: int) -> None:

@@ -19,11 +19,13 @@ from lavis_lite.models.convert.formats import (
     CONFIG,
     OURS,
     Checkpoint,
+    InMemory,
     open_checkpoint,
     target_layout,
 )
 from lavis_lite.models.convert.hf_config import config_for
 from lavis_lite.models.convert.rules import Renamed
+from lavis_lite.models.frozen import frozen_source, is_kept
 
 # A Hugging Face config.json that travels with a checkpoint of ours, so that the way back has it.
 CARRIED_CONFIG = "hf_config.json"
@@ -73,7 +75,7 @@ def convert(
     if target.exists():
         raise CheckpointError(f"'{target}' exists; name a new one, or remove it")
     where = f"'{file}'"
-    checkpoint = open_checkpoint(file)
+    checkpoint = _with_kept(open_checkpoint(file), file) if to == OURS else open_checkpoint(file)
     if llm is not None and "llm_proj.weight" in checkpoint.tensors:
         if checkpoint.llm not in (None, llm):
             raise CheckpointError(
@@ -91,6 +93,14 @@ def convert(
         _write_hf(tensors, checkpoint, file, target, config) if to == "hf" else _write_lavis(tensors, target)
     )
     return Converted(name, layout.name, len(tensors), (*dropped, *tensors.left_out), notes)
+
+
+def _with_kept(checkpoint: Checkpoint, file: Path) -> Checkpoint:
+    """A run's checkpoint with the frozen weights that the run keeps beside it, since nothing else has them."""
+    source = frozen_source(file)
+    if source is None or not is_kept(source):
+        return checkpoint
+    return replace(checkpoint, tensors=InMemory({**open_checkpoint(source).tensors, **checkpoint.tensors}))
 
 
 def _write_ours(checkpoint: Checkpoint, file: Path, target: Path) -> None:
