@@ -51,6 +51,16 @@ def test_a_run_is_a_model_and_goes_on_from_another_directory(
         find_start(run_with("words", here))
 
 
+def test_a_run_goes_on_where_all_was_moved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = here.parent / "data"
+    Runner(run_with("words", data, "run.output_dir=run")).train()
+    monkeypatch.chdir(here.rename(here.parent / "moved"))
+    assert find_start(run_with("./words", data, "run.output_dir=run")).summary
+    assert Runner(run_with("words", data, "run.output_dir=run", "run.max_steps=3")).train().step == 3
+    with pytest.raises(ConfigError, match=r"differs in model\.tokenizer"):
+        find_start(run_with("others", data, "run.output_dir=run"))
+
+
 def test_a_run_that_was_saved_with_relative_paths_goes_on(here: Path) -> None:
     Runner(run_with("words", here)).train()
     for file in (here / "run/config.yaml", here / "run/summary.json"):

@@ -36,6 +36,30 @@ def absolute_paths(model: Any, *, existing: bool = True) -> Any:
     return model
 
 
+def as_moved(saved: Any, now: Any) -> Any:
+    """A saved `model` section with the paths that the present one has, where all has moved to another folder.
+
+    That is where what was saved is there no longer and ends with the relative path that is configured.
+    """
+    for key in MODEL_PATHS:
+        old, new = _at(saved, key), _at(now, key)
+        if old is None or new is None or os.path.isabs(new) or os.path.exists(old):
+            continue
+        if old.endswith(os.sep + os.path.normpath(new)):
+            saved = _replaced(saved, key.split("."), new)
+    return saved
+
+
+def _at(section: Any, key: str) -> str | None:
+    for name in key.split("."):
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section if isinstance(section, str) else None
+
+
+def _replaced(section: Mapping[str, Any], keys: list[str], value: str) -> dict[str, Any]:
+    return {**section, keys[0]: _replaced(section[keys[0]], keys[1:], value) if keys[1:] else value}
+
+
 def _changed(section: Any, keys: list[str], names: tuple[str, ...], existing: bool) -> Any:
     if not isinstance(section, Mapping) or keys[0] not in section:
         return section

@@ -18,7 +18,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.io import atomic_write
-from lavis_lite.common.local_paths import absolute_paths, with_absolute_paths
+from lavis_lite.common.local_paths import absolute_paths, as_moved, with_absolute_paths
 from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.model_recipe import CONFIG_FILE, enclosing_run
@@ -234,7 +234,10 @@ def _saved_config(run_dir: Path) -> dict[str, Any]:
 
 def _changed(saved: Mapping[str, Any], cfg: Config) -> list[str]:
     """What of a configuration can't be another when a run continues and is; nothing where nothing is known."""
-    return differing_keys(_fixed(saved), _fixed(cfg.to_dict())) if saved else []
+    if not saved:
+        return []
+    moved = {**saved, "model": as_moved(saved.get("model"), cfg.model)}
+    return differing_keys(_fixed(moved), _fixed(cfg.to_dict()))
 
 
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,14 +302,15 @@ def _finished_summary(cfg: Config, start: StartPoint) -> list[str] | None:
         content = json.loads(path.read_text())
     except ValueError:
         return None
-    same = content.get("step") == start.state.step and _same_run(content.get("fingerprint"), fingerprint(cfg))
+    same = content.get("step") == start.state.step and _same_run(content.get("fingerprint"), cfg)
     return list(content["lines"]) if same else None
 
 
-def _same_run(saved: Any, now: str) -> bool:
-    """Whether two fingerprints are of one run; a setting that one of them doesn't know has its default there."""
+def _same_run(saved: Any, cfg: Config) -> bool:
+    """Whether a fingerprint is of this run; a setting that it doesn't know has its default there."""
     try:
-        contents = [json.loads(text) for text in (saved, now)]
+        contents = [json.loads(text) for text in (saved, fingerprint(cfg))]
+        contents[0]["model"] = as_moved(contents[0]["model"], cfg.model)
         defaults = _leaves(asdict(RunConfig()))
         for content in contents:
             run = _leaves(content["run"])
