@@ -32,3 +32,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """A jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def own_clips(root: Path, number: int = 3) -> list[dict[str, Any]]:
+    """`number` clips in root/clips, and a row of each."""
+    for row in range(number):
+        save_clip(root / "clips" / f"{row}.avi", frames=6 + row)
+    return [{"video": f"{row}.avi", "caption": [f"clip {row}", f"film {row}"]} for row in range(number)]

@@ -51,7 +51,11 @@ def test_processors_are_those_of_the_runs_first_dataset(tmp_path: Path) -> None:
     atomic_write(tmp_path / "config.yaml", text)
     recipe = model_recipe(str(tmp_path))
     assert is_run(tmp_path) and recipe.model["pretrained"] == str(tmp_path)
-    assert recipe.preprocess == {"vis_processor": {"eval": {"name": "shapes_image_eval", "image_size": 64}}}
+    assert recipe.preprocess["vis_processor"] == {
+        "train": {"name": "blip2_image_train"},  # the builder's own, where the run says nothing
+        "eval": {"name": "shapes_image_eval", "image_size": 64},
+    }
+    assert recipe.preprocess["text_processor"]["eval"] == {"name": "blip_caption"}
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:

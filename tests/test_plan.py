@@ -20,6 +20,7 @@ from lavis_lite.common.sizes import parse_bytes
 from lavis_lite.models.blocks import transformer_blocks
 from lavis_lite.parallel import auto
 from lavis_lite.parallel.auto import process_memory
+from lavis_lite.runners.features import check_storable
 from lavis_lite.runners.planning.account import Planner, Target, largest_batch
 from lavis_lite.runners.planning.proposals import _settings, _smaller_batch, propose
 from lavis_lite.runners.planning.shapes import Shape, WordTokens, frames_of, image_size_of, offline_section
@@ -464,6 +465,11 @@ def test_storing_features_is_proposed_where_a_run_could(
         with pytest.raises(SystemExit):
             plan_main(["--cfg-path", str(path), "--options", *SHALLOW, *options, "run.cache_features=true"])
         assert "has no picture files whose features could be stored" in capsys.readouterr().err
+
+
+def test_clips_that_are_only_evaluated_on_do_not_keep_features_from_being_stored() -> None:
+    clips = "datasets.clips={builder: video_text, train: null, val: {annotations: a.json, images: b}}"
+    check_storable(load_config(STAGE1, [*SHALLOW, clips, "run.cache_features=true"]))
 
 
 def test_a_dataset_of_ones_own_needs_no_builder_to_be_planned(tmp_path: Path) -> None:

@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from clip_helpers import save_clip, write_rows
+from clip_helpers import own_clips, save_clip, write_rows
 from data_helpers import warnings_logged
-from PIL import Image
 
-from lavis_lite.common.config import load_config
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.builders import build_dataset_from_preset, build_datasets, validate_datasets_config
-from lavis_lite.datasets.clip_builders import VideoTextBuilder
 from lavis_lite.datasets.image_text import has_picture_files
 from lavis_lite.datasets.loader import TrainLoader, eval_loader
-from lavis_lite.generate import Place, answer_files, default_frames
-from lavis_lite.runners.runner import Runner
 
 FRAMES = {"name": "blip_image_eval", "image_size": 8}
 VIS = {
@@ -39,13 +34,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build(root: Path, split: str = "train", *, builder: str = "video_text", **section: Any) -> Any:
     entry = {"builder": builder, "root": str(root), "vis_processor": VIS, split: section}
     return build_datasets({"own": entry})["own"][split]
-
-
-def own_clips(root: Path, number: int = 3) -> list[dict[str, Any]]:
-    """`number` clips in root/clips, and a row of each."""
-    for row in range(number):
-        save_clip(root / "clips" / f"{row}.avi", frames=6 + row)
-    return [{"video": f"{row}.avi", "caption": [f"clip {row}", f"film {row}"]} for row in range(number)]
 
 
 def test_clips_are_no_picture_files(tmp_path: Path) -> None:
@@ -309,116 +297,3 @@ def test_a_clip_without_captions_is_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(UnreadableSample, match="clip video0 has no caption"):
         data.load(0, seed=0)
     assert data.load(1, seed=0)["text_input"] == "a dog"
-
-
-# --- with a model's preset ----------------------------------------------------------------------------------
-
-
-def project(tmp_path: Path, datasets: dict[str, Any]) -> Path:
-    content = {
-        "model": {"arch": "blip2_opt", "model_type": "shapes"},
-        "datasets": datasets,
-        "task": {"name": "vqa"},
-    }
-    path = tmp_path / "project.yaml"
-    path.write_text(json.dumps(content))
-    return path
-
-
-PICTURES = {split: {"name": f"shapes_image_{split}", "image_size": 64} for split in ("train", "eval")}
-OWN_CLIPS = {"train": {"annotations": "rows.jsonl"}}
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"builder": "video_text", **OWN_CLIPS},
-        {"builder": "video_vqa", **OWN_CLIPS},
-        {"builder": "video_shards", "train": {"shards": "{0..3}.tar"}},
-        {"builder": "video_vqa_shards", "train": {"shards": "{0..3}.tar"}},
-    ],
-    ids=lambda section: section["builder"],
-)
-def test_a_models_processor_of_pictures_becomes_that_of_frames(
-    tmp_path: Path, section: dict[str, Any]
-) -> None:
-    found = load_config(project(tmp_path, {"own": section})).datasets["own"]
-    assert found["vis_processor"] == {
-        "train": {"name": "video", "sampling": "random", "frames": PICTURES["train"]},
-        "eval": {"name": "video", "frames": PICTURES["eval"]},
-    }
-    texts = "blip_question" if "vqa" in section["builder"] else "blip_caption"
-    assert found["text_processor"] == {split: {"name": texts} for split in ("train", "eval")}
-    fewer = {**section, "vis_processor": {"train": {"num_frames": 3}}}
-    found = load_config(project(tmp_path, {"own": fewer})).datasets["own"]["vis_processor"]["train"]
-    assert found == {"name": "video", "sampling": "random", "num_frames": 3, "frames": PICTURES["train"]}
-
-
-def test_clips_have_as_many_frames_as_the_model_has_embeddings(tmp_path: Path) -> None:
-    def found(section: dict[str, Any], *options: str) -> Any:
-        options = ("model.video.frame_embeddings=5", *options)
-        return load_config(project(tmp_path, {"own": section}), options).datasets["own"].get("vis_processor")
-
-    clips = {"builder": "video_vqa", **OWN_CLIPS}
-    assert [found(clips)[split].get("num_frames") for split in ("train", "eval")] == [5, 5]
-    assert found(clips)["eval"]["frames"] == PICTURES["eval"]
-    assert "num_frames" not in found(clips, "model.video.frame_embeddings=0")["eval"]
-    fewer = found({**clips, "vis_processor": {"train": {"num_frames": 3}}})
-    assert (fewer["train"]["num_frames"], fewer["eval"]["num_frames"]) == (3, 5)
-    with pytest.raises(
-        ConfigError, match=r"datasets\.own\.vis_processor\.eval\.num_frames: .*=5 frames at most, got 6"
-    ):
-        found(clips, "datasets.own.vis_processor.eval.num_frames=6")
-    # Without a model's preset the builder's own processor is what is completed.
-    alone = {
-        "builder": "video_text",
-        **OWN_CLIPS,
-        "vis_processor": {"eval": {"name": "video", "sampling": "headtail"}},
-    }
-    assert VideoTextBuilder.fit_frames(alone, 2, where="x")["vis_processor"] == {
-        "train": {"num_frames": 2},
-        "eval": {"name": "video", "sampling": "headtail", "num_frames": 2},
-    }
-    assert found({"builder": "image_text", **OWN_CLIPS}) == PICTURES
-
-
-@pytest.mark.parametrize("name", ["msrvtt_caption", "msrvtt_qa", "msvd_caption", "msvd_qa"])
-def test_presets_of_clips_go_with_a_models_preset(tmp_path: Path, name: str) -> None:
-    found = load_config(project(tmp_path, {name: {}})).datasets[name]
-    assert found["vis_processor"]["train"]["frames"] == PICTURES["train"]
-
-
-def test_questions_about_pictures_are_no_captions_either(tmp_path: Path) -> None:
-    section = {"builder": "vqa", **OWN_CLIPS}
-    found = load_config(project(tmp_path, {"own": section})).datasets["own"]
-    assert found["vis_processor"] == PICTURES and found["text_processor"]["train"]["name"] == "blip_question"
-
-
-@pytest.mark.slow
-def test_ones_own_clips_train_a_model_of_a_preset_and_the_run_answers(tmp_path: Path) -> None:
-    """No processor is configured; then the run's folder is used as a model, for clips and for pictures."""
-    rows = own_clips(tmp_path)
-    asked = [{"video": row["video"], "question": f"{n}?", "answer": "red"} for n, row in enumerate(rows)]
-    write_rows(tmp_path / "rows.jsonl", asked)
-    section = {
-        "builder": "video_vqa",
-        "root": str(tmp_path),
-        "vis_processor": {"eval": {"num_frames": 3}},
-        "train": {**OWN_CLIPS["train"], "images": "clips"},
-    }
-    short = [
-        f"run.output_dir={tmp_path / 'run'}",
-        "run.max_steps=1",
-        "run.batch_size_train=2",
-        "run.num_workers=0",
-        "model.prompt='Question: {} Answer:'",
-    ]
-    assert Runner(load_config(project(tmp_path, {"own": section}), short)).train().finished
-    image = tmp_path / "picture.png"
-    Image.new("RGB", (64, 64)).save(image)
-    assert default_frames(str(tmp_path / "run")) == 3 and default_frames("blip2_opt/video_shapes") == 4
-    for paths, frames in (([str(tmp_path / "clips")], 3), ([str(image)], None)):
-        place = Place(out=str(tmp_path / "said.jsonl"), num_frames=frames)
-        assert answer_files(str(tmp_path / "run"), paths, ["what?"], place) == 0
-        said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-        assert len(said) == (3 if frames else 1) and all(isinstance(row["answer"], str) for row in said)

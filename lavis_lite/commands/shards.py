@@ -107,7 +107,7 @@ def _check(args: argparse.Namespace) -> None:
     print(
         f"{good} of {total} shards are whole: {samples:,} samples, {captions:,} captions, {bad:,} bad samples"
     )
-    if total and not samples - bad and not args.clips:
+    if samples and not samples - bad and not captions and not args.clips:
         say("samples that show clips are looked at with --clips")
     if args.readers is not None and total < args.readers:
         say(f"{total} shards are too few for {args.readers} readers of a stream: each needs one")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.config import import_file, load_model_preset, read_yaml
+from lavis_lite.common.config import import_file, load_model_preset, merge, read_yaml
 from lavis_lite.common.errors import ConfigError
+from lavis_lite.common.registry import registry
 
 CONFIG_FILE = "config.yaml"  # what a run leaves in its folder
 
@@ -81,7 +82,12 @@ def _of_run(folder: Path, checkpoint: str | Path | None) -> ModelRecipe:
     if "arch" not in model or not datasets:
         raise ConfigError(f"'{folder / CONFIG_FILE}' is not of a run: it has no model.arch, or no datasets")
     first: Mapping[str, Any] = next(iter(datasets.values())) or {}
-    preprocess = {kind: first[kind] for kind in ("vis_processor", "text_processor") if first.get(kind)}
+    name = first.get("builder", "image_text")
+    # One that the program itself registered isn't known to another.
+    builder = registry.get_builder_class(name) if name in registry.names("builder") else None
+    kinds = {"vis_processor": "default_vis", "text_processor": "default_text"}
+    merged = {kind: merge(getattr(builder, own, {}), first.get(kind) or {}) for kind, own in kinds.items()}
+    preprocess = {kind: sections for kind, sections in merged.items() if sections}
     own = preprocess.get("vis_processor", {})
     clips = {
         split: one for split, one in own.items() if isinstance(one, Mapping) and one.get("name") == "video"

@@ -172,17 +172,17 @@ class ImageTextBuilder:
 
         Raises ConfigError for more, which the model has no embeddings for.
         """
-        given = section.get("vis_processor")
-        given = given if isinstance(given, Mapping) else {}
-        fitted = dict(section)
+        given, fitted = section.get("vis_processor") or {}, dict(section)
+        if not isinstance(given, Mapping):  # said to be one of another section's, or wrong: both show later
+            return fitted
         for split, default in cls.default_vis.items():
-            own = given.get(split)
-            processor = merge(default, own) if isinstance(own, Mapping) else default
+            own = given.get(split) or {}
+            processor = merge(default, own) if isinstance(own, Mapping) else {}
             if processor.get("name") != "video":
                 continue
             frames = processor.get("num_frames")
             if frames is None:
-                fitted = merge(fitted, {"vis_processor": {split: {**(own or {}), "num_frames": most}}})
+                fitted = merge(fitted, {"vis_processor": {split: {**processor, "num_frames": most}}})
             elif isinstance(frames, int) and frames > most:
                 raise ConfigError(
                     f"{where}.vis_processor.{split}.num_frames: a clip may have model.video.frame_embeddings={most} "

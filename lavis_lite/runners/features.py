@@ -38,8 +38,9 @@ def check_storable(cfg: Config) -> None:
     check_encoder(cfg)
     for name, section in cfg.datasets.items():
         builder = make_builder(name, section)
-        has_files = getattr(builder, "has_picture_files", None)
-        if has_files is not None and not has_files(cfg.run.train_split):
+        split = cfg.run.train_split
+        is_read = split in getattr(builder, "splits", (split,))
+        if is_read and hasattr(builder, "has_picture_files") and not builder.has_picture_files(split):
             raise ConfigError(
                 f"run.cache_features: dataset '{name}' has no picture files whose features could be stored (clips and "
                 "streams have none); leave it out, or set run.cache_features=false"

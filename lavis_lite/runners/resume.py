@@ -173,10 +173,10 @@ def _forget_other_best(cfg: Config, state: TrainState) -> None:
     if best is None or run.best_metric is None:
         return
     # Older checkpoints don't tell the mode.
-    if (best["metric"], best.get("mode", run.best_mode)) != (run.best_metric, run.best_mode):
+    if (best.get("metric"), best.get("mode", run.best_mode)) != (run.best_metric, run.best_mode):
         logger.info(
             "step %s was the best by %s; which is the best by %s is found out from now on",
-            *(best["step"], best["metric"], run.best_metric),
+            *(best.get("step"), best.get("metric"), run.best_metric),
         )
         state.best = None
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +388,10 @@ class Runner:
         rows = read_rows(self.run_dir / resume.LOG_FILE)
         said = ev.closing(self.parts, self.results, rows, facts, expected=self.cfg.expected)
         if said.error is None:
-            resume.save_summary(self.cfg, self.state.step, said.lines, self.state.metrics)
+            try:
+                resume.save_summary(self.cfg, self.state.step, said.lines, self.state.metrics)
+            except OSError as error:
+                said = replace(said, error=error)
         self._tell(said)
 
     def _say_stopped(self) -> None:

@@ -71,6 +71,7 @@ class ShapesVideoBuilder:
             limit=limit,
             **sources,
         )
+        self.splits = self.files.splits
 
     def has_picture_files(self, split: str) -> bool:
         """Never: its rows are clips."""
