@@ -73,7 +73,7 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     preprocess, video = preset.get("preprocess", {}), model.get("video")
     frames = video.get("frame_embeddings") if isinstance(video, Mapping) else None
     datasets = {
-        name: _with_frames(frames, _with_preprocess(preprocess, dataset_section(name, section)), name)
+        name: _fitted(dataset_section(name, section), preprocess, frames, name)
         for name, section in (user.get("datasets") or {}).items()
     }
     run_defaults = {"output_dir": f"output/{path.stem}"}
@@ -115,25 +115,19 @@ def _validate_part(part: Any, section: Mapping[str, Any], *, where: str, skip: S
         bind(part, section, where=where, skip=skip)
 
 
-def _with_preprocess(preprocess: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(
+    section: Mapping[str, Any], preprocess: Mapping[str, Any], most: Any, name: str
+) -> dict[str, Any]:
     """A dataset's section over the processors of a model's preset, which are of pictures.
 
-    What a builder of something else makes of these its class method `adapt_preprocess` says.
+    What a builder of something else makes of these its class method `adapt_preprocess` says, and `fit_frames` what it
+    means to one of clips that the model takes so many (`most`) frames, if that is limited.
     """
     builder = registry.get_builder_class(str(section.get("builder", "image_text")))
-    adapt = getattr(builder, "adapt_preprocess", dict)
-    return merge(adapt(preprocess), section)
-
-
-def _with_frames(most: Any, section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A dataset's section for a model whose clips have so many frames at most, if it has such a limit.
-
-    What that means for a builder of clips its class method `fit_frames` says.
-    """
-    builder = registry.get_builder_class(str(section.get("builder", "image_text")))
+    laid = merge(getattr(builder, "adapt_preprocess", dict)(preprocess), section)
     if not isinstance(most, int) or most < 1 or not hasattr(builder, "fit_frames"):
-        return dict(section)
-    return dict(builder.fit_frames(section, most, where=f"datasets.{name}"))
+        return laid
+    return dict(builder.fit_frames(laid, most, where=f"datasets.{name}"))
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def absolute_paths(model: Any, *, existing: bool = True) -> Any:
         then look like paths, too. Of what is no mapping nothing changes.
     """
     for key, names in MODEL_PATHS.items():
-        model = _changed(model, key.split("."), names, existing)
+        value = _at(model, key)
+        if value is not None:
+            model = _replaced(model, key.split("."), _absolute(value, names, existing))
     return model
 
 
@@ -60,16 +62,8 @@ def _replaced(section: Mapping[str, Any], keys: list[str], value: str) -> dict[s
     return {**section, keys[0]: _replaced(section[keys[0]], keys[1:], value) if keys[1:] else value}
 
 
-def _changed(section: Any, keys: list[str], names: tuple[str, ...], existing: bool) -> Any:
-    if not isinstance(section, Mapping) or keys[0] not in section:
-        return section
-    value = section[keys[0]]
-    new = _changed(value, keys[1:], names, existing) if keys[1:] else _absolute(value, names, existing)
-    return {**section, keys[0]: new}
-
-
-def _absolute(value: Any, names: tuple[str, ...], existing: bool) -> Any:
-    if not isinstance(value, str) or not value or value in names or value.startswith("~"):
+def _absolute(value: str, names: tuple[str, ...], existing: bool) -> str:
+    if not value or value in names or value.startswith("~"):
         return value
     # Links stay: what they point to need not have the suffix that tells a file's kind.
     return os.path.abspath(value) if not existing or os.path.exists(value) else value

@@ -42,10 +42,8 @@ class BaseModel(nn.Module):
     optional_keys: ClassVar[tuple[str, ...]] = ()
     frozen_from: Path | None = None
     untrained_remedies: ClassVar[Mapping[str, str]] = {}
-    _given: frozenset[str] = frozenset()  # names that checkpoints gave, or whose kind never has them
-    _held: frozenset[str] = (
-        frozenset()
-    )  # names that files have, so that a checkpoint needs no more than the file's name
+    _held: frozenset[str] = frozenset()  # names of tensors that checkpoints gave, or a run keeps
+    _never_given: frozenset[str] = frozenset()  # of those that the kind of such a checkpoint never has
 
     @classmethod
     def validate_config(cls, cfg: Mapping[str, Any], *, where: str = "model") -> None:
@@ -91,8 +89,8 @@ class BaseModel(nn.Module):
         load_strictly(self, tensors, source=f"'{file}'", optional=(*optional, *checkpoint.absent))
         never = [re.compile(pattern) for pattern in checkpoint.absent]
         left_out = {name for name in self.state_dict() if any(pattern.search(name) for pattern in never)}
-        self._given = self._given | tensors.keys() | left_out
         self._held = self._held | tensors.keys()
+        self._never_given = self._never_given | left_out
         if tensors.keys() & self._frozen():
             self.frozen_from = source or file.resolve()
 
@@ -161,7 +159,7 @@ class BaseModel(nn.Module):
         What a checkpoint of that kind never has, such as a head that its project doesn't publish, doesn't count.
         """
         named = dict(self.named_parameters(remove_duplicate=False))
-        given = {id(named[name]) for name in self._given & named.keys()}
+        given = {id(named[name]) for name in (self._held | self._never_given) & named.keys()}
         useful = [re.compile(pattern) for pattern in self.needs_no_checkpoint()]
         return [
             name
