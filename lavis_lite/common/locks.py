@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lavis_lite.common.logging import get_logger
@@ -62,6 +62,24 @@ def locked(
         finally:
             _own.discard(file)
             _note(file, "")
+
+
+@contextlib.contextmanager
+def held(
+    path: str | Path,
+    *,
+    what: str,
+    refused: Callable[[str], Exception],
+    wait: bool | float,
+    with_children: bool = True,
+) -> Iterator[None]:
+    """`locked`, where a lock that another process keeps is an error: what `refused` makes of the words for it."""
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(path, what=what, wait=wait, with_children=with_children))
+        except Busy as error:
+            raise refused(str(error)) from error
+        yield
 
 
 def _opened(path: Path) -> io.FileIO | None:

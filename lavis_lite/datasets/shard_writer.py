@@ -20,7 +20,7 @@ from torch import Tensor
 from lavis_lite.common.errors import ConfigError, DataError
 from lavis_lite.common.fingerprint import file_digest
 from lavis_lite.common.io import atomic_file, atomic_write, remove_leftovers
-from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
+from lavis_lite.common.locks import GRACE_SECONDS, held
 from lavis_lite.common.logging import duration
 from lavis_lite.datasets.base import UnreadableSample
 from lavis_lite.datasets.folder import Kind
@@ -130,11 +130,12 @@ def _alone(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"--out: can't make the folder '{out}': a file has that name") from error
-    with contextlib.ExitStack() as lock:
-        try:
-            lock.enter_context(locked(out / LOCK_FILE, what=f"makes shards in '{out}'", wait=GRACE_SECONDS))
-        except Busy as error:
-            raise DataError(f"{error}: wait for it to end, or use another --out") from error
+    with held(
+        out / LOCK_FILE,
+        what=f"makes shards in '{out}'",
+        refused=lambda busy: DataError(f"{busy}: wait for it to end, or use another --out"),
+        wait=GRACE_SECONDS,
+    ):
         yield
 
 

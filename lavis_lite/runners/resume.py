@@ -19,7 +19,7 @@ from lavis_lite.common.config import Config, read_yaml
 from lavis_lite.common.errors import CheckpointError, ConfigError, TrainingError
 from lavis_lite.common.io import atomic_write
 from lavis_lite.common.local_paths import absolute_paths, as_moved, with_absolute_paths
-from lavis_lite.common.locks import GRACE_SECONDS, Busy, locked
+from lavis_lite.common.locks import GRACE_SECONDS, held
 from lavis_lite.common.logging import get_logger
 from lavis_lite.common.model_recipe import CONFIG_FILE, enclosing_run
 from lavis_lite.common.run_config import RunConfig
@@ -73,15 +73,14 @@ def alone(cfg: Config) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.output_dir: can't make the folder '{run_dir}': {error.strerror}") from error
-    what = f"trains in '{run_dir}'"
-    with contextlib.ExitStack() as lock:
-        try:
-            # A loader's workers outlive a killed process by seconds, and write nothing.
-            lock.enter_context(
-                locked(run_dir / LOCK_FILE, what=what, wait=GRACE_SECONDS, with_children=False)
-            )
-        except Busy as error:
-            raise TrainingError(f"{error}: wait for it to end, or set another run.output_dir") from error
+    # A loader's workers outlive a killed process by seconds, and write nothing.
+    with held(
+        run_dir / LOCK_FILE,
+        what=f"trains in '{run_dir}'",
+        refused=lambda busy: TrainingError(f"{busy}: wait for it to end, or set another run.output_dir"),
+        wait=GRACE_SECONDS,
+        with_children=False,
+    ):
         yield
 
 

@@ -242,13 +242,12 @@ def changing(root: Path) -> Iterator[Manifest]:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """One process at a time changes an index; DataError for a second one. A killed process holds nothing."""
-    with contextlib.ExitStack() as lock:
-        try:
-            lock.enter_context(
-                locks.locked(root / ".lock", what=f"is changing the index '{root}'", wait=False)
-            )
-        except locks.Busy as error:
-            raise DataError(f"{error}; wait for it to end") from error
+    with locks.held(
+        root / ".lock",
+        what=f"is changing the index '{root}'",
+        refused=lambda busy: DataError(f"{busy}; wait for it to end"),
+        wait=False,
+    ):
         yield
 
 
